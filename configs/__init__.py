@@ -1,0 +1,1 @@
+"""Run descriptions: plain ml_collections files that import nothing heavy."""

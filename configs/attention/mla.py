@@ -1,0 +1,32 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): one latent per token serves keys and values."""
+
+import ml_collections
+
+from configs import rope
+from configs.rules import Rules
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.layer = "mla"
+    config.heads = 8
+    config.q_lora_rank = 0  # Rank of the query path; 0 is one full matrix.
+    config.kv_lora_rank = 64  # d_c, the cached latent.
+    config.qk_nope_head_dim = 32  # d_n, the part of a head without positions.
+    config.qk_rope_head_dim = 16  # d_r, the rotated part; its key is shared by all heads.
+    config.v_head_dim = 32  # d_v.
+    config.norm_epsilon = 1e-6  # Of the two latent norms.
+    config.scale = 0.0  # Softmax scale before YaRN's factor; 0 means (d_n + d_r) ** -0.5.
+    config.rope = rope.get_config()
+    return config
+
+
+def check(rules: Rules) -> None:
+    """Raises ConfigError for options that the layer cannot be built with."""
+    rules.whole("heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    rules.whole("q_lora_rank", least=0)
+    rules.number("norm_epsilon", above=0)
+    rules.number("scale", least=0)
+    rope.check(rules.below("rope"))
+    if rules["rope"].theta:
+        rules.even("qk_rope_head_dim", why="rotary positions turn pairs of channels")

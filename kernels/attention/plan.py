@@ -1,0 +1,216 @@
+"""How a call of the blockwise form is cut up: block sizes, and which blocks of the map are visited."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from kernels.attention.masks import EMPTY, FULL, PARTIAL, Mask
+from kernels.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes of one step: tokens of a query block, tokens of a key block, key/value heads taken together."""
+
+    q: int
+    k: int
+    heads: int
+
+
+class Lists(NamedTuple):
+    """For each block of one side, the blocks of the other to visit: wholly live ones first, then partial ones."""
+
+    order: Int[Array, "B|1 G|1 n m"]
+    full: Int[Array, "B|1 G|1 n"]
+    live: Int[Array, "B|1 G|1 n"]
+
+
+class Tables(NamedTuple):
+    """What the loops look up: the live blocks of query and key blocks, the mask's arrays, and the columns it reads."""
+
+    rows: Lists
+    keys: Lists
+    mask_arrays: tuple[Array, ...]
+    q: dict[str, Array]
+    k: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about one call."""
+
+    scale: float
+    soft_cap: float
+    length: int
+    keys: int
+    block_q: int
+    block_k: int
+    heads: int  # Key/value heads in one step.
+    groups: int  # Steps over heads.
+    ratio: int  # Query heads of a key/value head.
+    partial: bool  # Some block may be partial.
+    whole: bool  # Some block may be full.
+    mask: Any  # Tree structure of the mask; its arrays are in the tables.
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block of scores: the query heads of a group ride on the query tokens."""
+        return self.ratio * self.block_q
+
+    @property
+    def q_blocks(self) -> int:
+        return -(-self.length // self.block_q)
+
+    @property
+    def k_blocks(self) -> int:
+        return -(-self.keys // self.block_k)
+
+
+    def pad_rows(self, x: Array, value: float = 0.0) -> Array:
+        """[B, T, ...] to whole query blocks."""
+        return _pad(x, self.q_blocks * self.block_q, value)
+
+    def pad_keys(self, x: Array) -> Array:
+        """[B, S, ...] to whole key blocks."""
+        return _pad(x, self.k_blocks * self.block_k, 0.0)
+
+    def take(self, x: Array, b: Array, first: Array, count: int) -> Array:
+        """Some heads of one batch row: [B, T, H, D] to [T, count, D]."""
+        return lax.dynamic_slice(x, (b, 0, first, 0), (1, x.shape[1], count, x.shape[3]))[0]
+
+    def split_rows(self, x: Array) -> Array:
+        """[n bq, heads, D] to blocks [n, kv heads, rows, D]."""
+        x = x.reshape(-1, self.block_q, self.heads, self.ratio, x.shape[-1])
+        return x.transpose(0, 2, 3, 1, 4).reshape(-1, self.heads, self.rows, x.shape[-1])
+
+    def join_rows(self, x: Array) -> Array:
+        """The inverse of `split_rows`."""
+        x = x.reshape(-1, self.heads, self.ratio, self.block_q, x.shape[-1])
+        return x.transpose(0, 3, 1, 2, 4).reshape(-1, self.heads * self.ratio, x.shape[-1])
+
+    def split_keys(self, x: Array) -> Array:
+        """[n bk, kv heads, D] to blocks [n, kv heads, bk, D]."""
+        return x.reshape(-1, self.block_k, self.heads, x.shape[-1]).transpose(0, 2, 1, 3)
+
+    def visit(self, lists: Lists, b: Array, g: Array, i: Array, step: Any, carry: Any) -> Any:
+        """`step(j, carry, masked)` for every live block j of block i; wholly live ones come first, unmasked."""
+        order, full, live = (_at(x, b, g, i) for x in lists)
+        if order.shape[0] == 1:  # A mask is right for every kind of block, and one block is worth no loop.
+            return step(np.int32(0), carry, self.partial)
+        if self.whole:
+            carry = lax.fori_loop(0, full, lambda t, c: step(order[t], c, False), carry)
+        if self.partial:
+            carry = lax.fori_loop(full, live, lambda t, c: step(order[t], c, True), carry)
+        return carry
+
+    def where(self, tables: Tables, b: Array, g: Array, i: Array, j: Array, x: Array, other: float) -> Array:
+        """Scores x [kv heads, rows, bk] with `other` where the mask forbids."""
+        shape = (self.heads, self.ratio, self.block_q, self.block_k)
+        q, k = self._columns(tables, b, g, i, j)
+        q = {name: column[:, :, :, None] for name, column in q.items()}
+        k = {name: column[:, :, None, :] for name, column in k.items()}
+        allowed = self._rebuilt(tables).pairs(q, k)
+        if self.keys % self.block_k:
+            allowed &= (j * self.block_k + jnp.arange(self.block_k) < self.keys)[None, None, None]
+        return jnp.where(allowed, x.reshape(shape), other).reshape(x.shape)
+
+    def where_transposed(self, tables: Tables, b: Array, g: Array, i: Array, j: Array, x: Array, other: float) -> Array:
+        """The same for scores x [kv heads, bk, rows]."""
+        shape = (self.heads, self.block_k, self.ratio, self.block_q)
+        q, k = self._columns(tables, b, g, i, j)
+        q = {name: column[:, None, :, :] for name, column in q.items()}
+        k = {name: jnp.swapaxes(column, 1, 2)[..., None] for name, column in k.items()}
+        allowed = self._rebuilt(tables).pairs(q, k)
+        if self.keys % self.block_k:
+            allowed &= (j * self.block_k + jnp.arange(self.block_k) < self.keys)[None, :, None, None]
+        return jnp.where(allowed, x.reshape(shape), other).reshape(x.shape)
+
+    def _rebuilt(self, tables: Tables) -> Mask:
+        return jax.tree.unflatten(self.mask, tables.mask_arrays)
+
+    def _columns(self, tables: Tables, b: Array, g: Array, i: Array, j: Array) -> tuple[dict, dict]:
+        """Columns of query block i and key block j, [kv heads|1, ratio|1, block]."""
+        per = self.heads * self.ratio
+
+        def cut(column: Array, block: Array, size: int) -> Array:
+            shared = column.shape[1] == 1
+            at = (b if column.shape[0] > 1 else 0, 0 if shared else g * per, block * size)
+            column = lax.dynamic_slice(column, at, (1, 1 if shared else per, size))
+            return column.reshape(*((1, 1) if shared else (self.heads, self.ratio)), size)
+
+        q = {name: cut(column, i, self.block_q) for name, column in tables.q.items()}
+        return q, {name: cut(column, j, self.block_k) for name, column in tables.k.items()}
+
+
+def choose_blocks(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> Blocks:
+    """Block sizes for these shapes, as measured (docs/notes-attention.md)."""
+    ratio = q[2] // k[2]
+    heads = next(n for n in range(min(4, k[2]), 0, -1) if k[2] % n == 0)
+    return Blocks(_even(q[1], max(512 // ratio, 64)), _even(k[1], 512), heads)
+
+
+def make(
+    mask: Mask, q_tokens: Tokens, k_tokens: Tokens, q: tuple[int, ...], k: tuple[int, ...], scale: float,
+    soft_cap: float, blocks: Blocks,
+) -> tuple[Plan, Tables]:  # fmt: skip
+    """The plan and its tables; the tables are NumPy, and the plan knows more, where all columns are."""
+    block_q, block_k = min(blocks.q, q[1]), min(blocks.k, k[1])
+    ratio, groups = q[2] // k[2], k[2] // blocks.heads
+    q_columns, k_columns = mask.prepare(q_tokens, k_tokens)
+    status = mask.classify_columns(q_columns, k_columns, block_q, block_k, q[1], k[1])
+    if k[1] % block_k:  # The last key block has places that hold no key.
+        last = np.arange(status.shape[3]) == status.shape[3] - 1
+        status = status - ((status == FULL) & last).astype(status.dtype)
+    if status.shape[1] > 1:  # Heads taken together share their lists.
+        status = status.reshape(status.shape[0], groups, blocks.heads * ratio, *status.shape[2:])
+        low, high = status.min(2), status.max(2)
+        status = low + ((low == EMPTY) & (high > EMPTY)).astype(status.dtype)
+    known = isinstance(status, np.ndarray)
+    arrays, tree = jax.tree.flatten(mask)
+    plan = Plan(
+        scale=scale, soft_cap=soft_cap, length=q[1], keys=k[1], block_q=block_q, block_k=block_k, heads=blocks.heads,
+        groups=groups, ratio=ratio, partial=not known or bool((status != FULL).any()),
+        whole=not known or bool((status == FULL).any()), mask=tree,
+    )  # fmt: skip
+    tables = Tables(
+        rows=_lists(status), keys=_lists(status.swapaxes(2, 3)), mask_arrays=tuple(arrays),
+        q={name: _pad_edge(column, plan.q_blocks * block_q) for name, column in q_columns.items()},
+        k={name: _pad_edge(column, plan.k_blocks * block_k) for name, column in k_columns.items()},
+    )  # fmt: skip
+    return plan, tables
+
+
+def _lists(status: Array) -> Lists:
+    xp = np if isinstance(status, np.ndarray) else jnp
+    order = xp.argsort(FULL - status, axis=-1, stable=True).astype(np.int32)
+    full = (status == FULL).sum(-1).astype(np.int32)
+    return Lists(order, full, full + (status == PARTIAL).sum(-1).astype(np.int32))
+
+
+def _even(length: int, largest: int) -> int:
+    """A block of at most `largest` that cuts `length` into the fewest blocks of nearly one size."""
+    count = -(-length // largest)
+    return length if count == 1 else min(largest, -(-length // (8 * count)) * 8)
+
+
+def _at(table: Array, b: Array, g: Array, i: Array) -> Array:
+    """table[b, g, i], where an axis of size 1 stands for all."""
+    table = jnp.asarray(table)
+    at = (b if table.shape[0] > 1 else 0, g if table.shape[1] > 1 else 0, i)
+    at += (0,) * (table.ndim - 3)
+    return lax.dynamic_slice(table, at, (1, 1, 1, *table.shape[3:])).reshape(table.shape[3:])
+
+
+def _pad(x: Array, length: int, value: float) -> Array:
+    missing = length - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), constant_values=value) if missing else x
+
+
+def _pad_edge(column: Array, length: int) -> Array:
+    xp = np if isinstance(column, np.ndarray) else jnp
+    return xp.pad(column, ((0, 0), (0, 0), (0, length - column.shape[-1])), mode="edge")

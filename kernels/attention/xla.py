@@ -1,0 +1,224 @@
+"""Blockwise attention in plain XLA: fast on CPU, frugal and sound anywhere, skips blocks that the mask empties.
+
+Flash attention (Dao 2023) with what was measured on CPU: key/value heads are the batch axis of every dot and their
+query heads ride along as rows; query blocks outside, live key blocks inside, wholly live ones without a mask; the
+backward is one pass with key blocks outside and scores transposed, so that no dot contracts a long transposed side.
+Batch rows and groups of heads are looped over, which bounds the temporaries whatever the batch.
+
+A non-finite key or value makes the whole key NaN and is zeroed where it would be multiplied by a zero probability; so
+it reaches all who may see it, and no one else. The backward finds such rows by their NaN lse.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernels.attention import plan, reference
+from kernels.attention.masks import Mask
+from kernels.attention.plan import Plan
+from kernels.tokens import Tokens
+
+
+def supports(case: Any) -> str | None:
+    """None where this form can do the case, else why not."""
+    if case.score_mod:
+        return "score_mod is not traced into the blockwise form; use implementation='reference'"
+    if case.bias:
+        return "bias is not applied in the blockwise form; use implementation='reference'"
+    return None
+
+
+def attention(
+    q: Float[Array, "B T H D"], k: Float[Array, "B S Hk D"], v: Float[Array, "B S Hk Dv"], *, mask: Mask,
+    q_tokens: Tokens, k_tokens: Tokens, scale: Any, soft_cap: float, sinks: Array | None, bias: None = None,
+    score_mod: None = None, blocks: plan.Blocks | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """As `kernels.attention.attention`; `blocks` overrides the block sizes."""
+    if not isinstance(scale, (int, float)):
+        q, scale = (q * scale).astype(q.dtype), 1.0
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        return reference.attention(
+            q, k, v, mask=mask, q_tokens=q_tokens, k_tokens=k_tokens, scale=scale, soft_cap=soft_cap, sinks=sinks,
+            bias=None, score_mod=None,
+        )  # fmt: skip
+    blocks = blocks or plan.choose_blocks(q.shape, k.shape, v.shape)
+    the_plan, tables = plan.make(mask, q_tokens, k_tokens, q.shape, k.shape, float(scale), float(soft_cap), blocks)
+    return _attention(the_plan, q, k, v, sinks, tables)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(plan: Plan, q: Array, k: Array, v: Array, sinks: Array | None, tables: Any) -> tuple[Array, Array]:
+    return _forward(plan, q, k, v, sinks, tables)[0]
+
+
+def _forward(plan: Plan, q: Array, k: Array, v: Array, sinks: Array | None, tables: Any) -> tuple[Any, Any]:
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    batch, length, heads, _ = q.shape
+    value_width = v.shape[3]
+    q_padded, k_padded, v_padded = plan.pad_rows(q), plan.pad_keys(k), plan.pad_keys(v)
+    per, rows, size = plan.heads, plan.rows, plan.block_q
+
+    def one_group(n: Array, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
+        b, g = n // plan.groups, n % plan.groups
+        keys, values = (plan.take(x, b, g * per, per) for x in (k_padded, v_padded))  # [S, per, D]
+        if plan.partial:
+            spoilt = ~(jnp.isfinite(keys).all(-1) & jnp.isfinite(values).all(-1))
+            keys = jnp.where(spoilt[..., None], jnp.nan, keys)
+            values = jnp.where(jnp.isfinite(values), values, 0)
+        keys, values = (plan.split_keys(x) for x in (keys, values))  # [nk, per, block_k, D]
+        sink = None
+        if sinks is not None:
+            sink = lax.dynamic_slice_in_dim(sinks.astype(dtype), g * per * plan.ratio, per * plan.ratio)
+            sink = jnp.repeat(sink.reshape(per, plan.ratio), size, axis=1)
+
+        def one_block(i: Array, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            queries = lax.dynamic_slice(
+                q_padded, (b, i * size, g * per * plan.ratio, 0), (1, size, per * plan.ratio, q.shape[3])
+            )
+            queries = plan.split_rows(queries[0])[0]  # [per, rows, D]
+
+            def step(j: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+                top, total, sum_ = carry
+                s = _cap(plan, _dot(queries, _pick(keys, j), 2, 2, dtype) * plan.scale)
+                if masked:
+                    s = plan.where(tables, b, g, i, j, s, -jnp.inf)
+                new = jnp.maximum(top, s.max(-1))
+                safe = jnp.where(new == -jnp.inf, 0, new)
+                p = jnp.exp(s - safe[..., None])
+                shrink = jnp.exp(top - safe)
+                total = total * shrink + p.sum(-1)
+                sum_ = sum_ * shrink[..., None] + _dot(p.astype(v.dtype), _pick(values, j), 2, 1, dtype)
+                return new, total, sum_
+
+            carry = (
+                jnp.full((per, rows), -jnp.inf, dtype) if sink is None else sink,
+                jnp.zeros((per, rows), dtype) if sink is None else jnp.where(sink == -jnp.inf, 0, 1).astype(dtype),
+                jnp.zeros((per, rows, value_width), dtype),
+            )
+            top, total, sum_ = plan.visit(tables.rows, b, g, i, step, carry)
+            empty = total == 0
+            total = jnp.where(empty, 1, total)
+            out = (sum_ / total[..., None]).astype(q.dtype)
+            lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+            at = (b, i * size, g * per * plan.ratio)
+            return (
+                lax.dynamic_update_slice(outputs[0], plan.join_rows(out[None])[None], (*at, 0)),
+                lax.dynamic_update_slice(outputs[1], plan.join_rows(lse[None, ..., None])[None, ..., 0], at),
+            )
+
+        return _loop(plan.q_blocks, one_block, outputs)
+
+    outputs = (
+        jnp.zeros((batch, plan.q_blocks * size, heads, value_width), q.dtype),
+        jnp.zeros((batch, plan.q_blocks * size, heads), dtype),
+    )
+    out, lse = _loop(batch * plan.groups, one_group, outputs)
+    out, lse = out[:, :length], lse[:, :length]
+    return (out, lse), (q, k, v, sinks, tables, out, lse)
+
+
+def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    q, k, v, sinks, tables, out, lse = saved
+    d_out, d_lse = cotangents
+    dtype = lse.dtype
+    batch, length, heads, width = q.shape
+    keys_number, value_width = v.shape[1], v.shape[3]
+    # What a row's probabilities lose to their normalisation; the gradient of lse enters with the opposite sign.
+    delta = jnp.einsum("bthe,bthe->bth", d_out, out, preferred_element_type=dtype) - d_lse
+    d_sinks = None
+    if sinks is not None:
+        share = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks.astype(dtype) - lse))
+        d_sinks = -jnp.where(share == 0, 0, share * delta).sum((0, 1)).astype(sinks.dtype)
+    # Rows without keys get probability 0; rows with non-finite parts get NaN, but only where they may look.
+    fine = jnp.isfinite(delta)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(fine, lse, jnp.nan))
+    delta = jnp.where(fine, delta, 0)
+    q_padded, o_padded, k_padded, v_padded = plan.pad_rows(q), plan.pad_rows(d_out), plan.pad_keys(k), plan.pad_keys(v)
+    lse, delta = plan.pad_rows(lse[..., None], jnp.inf), plan.pad_rows(delta[..., None])
+    per, rows, size = plan.heads, plan.rows, plan.block_k
+
+    def clean(x: Array) -> Array:
+        return jnp.where(jnp.isfinite(x), x, 0) if plan.partial else x
+
+    def one_group(n: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        b, g = n // plan.groups, n % plan.groups
+        row_heads = (g * per * plan.ratio, per * plan.ratio)
+        queries, d_outs, lses, deltas = (
+            plan.split_rows(plan.take(x, b, *row_heads)) for x in (q_padded, o_padded, lse, delta)
+        )  # [nq, per, rows, D]
+        queries, d_outs = clean(queries), clean(d_outs)
+
+        def one_block(j: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+            d_queries, d_k, d_v = outputs
+            keys, values = (
+                clean(jnp.swapaxes(lax.dynamic_slice(x, (b, j * size, g * per, 0), (1, size, per, x.shape[3]))[0], 0, 1))
+                for x in (k_padded, v_padded)
+            )  # [per, block_k, D]
+
+            def step(i: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+                d_queries, d_keys, d_values = carry
+                query, d_out = _pick(queries, i), _pick(d_outs, i)
+                s = _cap(plan, _dot(keys, query, 2, 2, dtype) * plan.scale)  # [per, block_k, rows]
+                p = jnp.exp(s - _pick(lses, i)[:, None, :, 0])
+                ds = p * (_dot(values, d_out, 2, 2, dtype) - _pick(deltas, i)[:, None, :, 0])
+                if plan.soft_cap:
+                    ds *= 1 - (s / plan.soft_cap) ** 2
+                if masked:
+                    p, ds = (plan.where_transposed(tables, b, g, i, j, x, 0.0) for x in (p, ds))
+                p, ds = p.astype(v.dtype), ds.astype(v.dtype)
+                d_values += _dot(p, d_out, 2, 1, dtype)
+                d_keys += _dot(ds, query, 2, 1, dtype)
+                d_query = _pick(d_queries, i) + _dot(keys, ds, 1, 1, dtype)
+                return lax.dynamic_update_index_in_dim(d_queries, d_query, i, 0), d_keys, d_values
+
+            zeros = (jnp.zeros((per, size, x.shape[3]), dtype) for x in (k, v))
+            d_queries, d_keys, d_values = plan.visit(tables.keys, b, g, j, step, (d_queries, *zeros))
+            at = (b, j * size, g * per, 0)
+            d_keys = jnp.swapaxes(d_keys * plan.scale, 0, 1)[None].astype(k.dtype)
+            d_values = jnp.swapaxes(d_values, 0, 1)[None].astype(v.dtype)
+            return (
+                d_queries,
+                lax.dynamic_update_slice(d_k, d_keys, at),
+                lax.dynamic_update_slice(d_v, d_values, at),
+            )
+
+        d_q, d_k, d_v = outputs
+        d_queries = jnp.zeros((plan.q_blocks, per, width, rows), dtype)  # Transposed, as the dots above give it.
+        d_queries, d_k, d_v = _loop(plan.k_blocks, one_block, (d_queries, d_k, d_v))
+        d_queries = plan.join_rows(jnp.swapaxes(d_queries * plan.scale, 2, 3)).astype(q.dtype)
+        return lax.dynamic_update_slice(d_q, d_queries[None], (b, 0, row_heads[0], 0)), d_k, d_v
+
+    outputs = (
+        jnp.zeros((batch, plan.q_blocks * plan.block_q, heads, width), q.dtype),
+        jnp.zeros((batch, plan.k_blocks * size, k.shape[2], width), k.dtype),
+        jnp.zeros((batch, plan.k_blocks * size, v.shape[2], value_width), v.dtype),
+    )
+    d_q, d_k, d_v = _loop(batch * plan.groups, one_group, outputs)
+    return d_q[:, :length], d_k[:, :keys_number], d_v[:, :keys_number], d_sinks, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _cap(plan: Plan, s: Array) -> Array:
+    return plan.soft_cap * jnp.tanh(s / plan.soft_cap) if plan.soft_cap else s
+
+
+def _dot(a: Array, b: Array, contract_a: int, contract_b: int, dtype: Any) -> Array:
+    """Batched over axis 0, accumulated in `dtype`."""
+    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0,), (0,))), preferred_element_type=dtype)
+
+
+def _pick(x: Array, i: Array) -> Array:
+    return lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _loop(count: int, body: Any, carry: Any) -> Any:
+    """`fori_loop`, but no loop at all for a single turn."""
+    return body(np.int32(0), carry) if count == 1 else lax.fori_loop(0, count, body, carry)

@@ -1,0 +1,74 @@
+"""Which implementation of an op runs: chosen by platform and case, or named by the caller and obeyed."""
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+_logger = logging.getLogger("tessera.kernels")
+_told: set[tuple] = set()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    `supports(case)` answers None where the implementation can do the case, else the reason why it cannot; it reads
+    declared facts (shapes, types, which options are set) and traces nothing. `platforms` are those on which it may be
+    chosen without being named ("cpu", "gpu", "tpu").
+    """
+
+    name: str
+    function: Callable[..., Any]
+    supports: Callable[[Any], str | None]
+    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+
+
+def choose(
+    op_name: str, requested: str | None, candidates: Mapping[str, Implementation], case: Any, platform: str | None = None
+) -> Implementation:
+    """The implementation of `op_name` for this case.
+
+    `requested=None` takes the first candidate (in their order) whose platforms hold this one and that supports the
+    case, and logs once what was chosen and why those before it were refused. A named implementation is returned or
+    refused, never replaced. `platform` defaults to the platform of the default device.
+
+    Raises: `ValueError` for an unknown name, naming the nearest; `NotImplementedError` with the reason where the named
+    one cannot do the case, or with all reasons where none can.
+    """
+    if requested is not None:
+        if requested not in candidates:
+            near = difflib.get_close_matches(requested, candidates, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(candidates)}"
+            raise ValueError(f"unknown implementation {requested!r} of {op_name}: {hint}")
+        reason = candidates[requested].supports(case)
+        if reason is not None:
+            raise NotImplementedError(f"{op_name}: implementation {requested!r} cannot do this case: {reason}")
+        return candidates[requested]
+    platform = platform or _default_platform()
+    refused = []
+    for name, candidate in candidates.items():
+        reason = f"not for {platform}" if platform not in candidate.platforms else candidate.supports(case)
+        if reason is None:
+            _tell_once(op_name, name, platform, tuple(refused))
+            return candidate
+        refused.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{op_name}: no implementation can do this case on {platform} ({'; '.join(refused)})")
+
+
+def _default_platform() -> str:
+    """The platform work goes to: that of `jax_default_device` where it is set, else of the default backend."""
+    device = jax.config.jax_default_device
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
+
+
+def _tell_once(op_name: str, chosen: str, platform: str, refused: tuple[str, ...]) -> None:
+    key = (op_name, chosen, platform, refused)
+    if key not in _told:
+        _told.add(key)
+        _logger.info("%s on %s: %s%s", op_name, platform, chosen, f" (refused {'; '.join(refused)})" if refused else "")

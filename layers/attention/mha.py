@@ -1,0 +1,140 @@
+"""Multi-head, grouped-query and multi-query attention, with windows, sink tokens and learned sinks."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kernels.attention import cost, masks
+from kernels.tokens import Tokens
+from layers.attention.contract import Attention, AttentionOutput, Setting, register, visible
+from layers.attention.softmax import attend
+from layers.cache import LayerCache, SlotCache
+from layers.hooks import Hooks, LayerHooks
+from layers.linear import Linear
+from layers.norm import Norm
+from layers.rope import Rope
+
+
+@register("mha")
+class MultiHeadAttention(Attention):
+    """Softmax attention of `heads` query heads on `kv_heads` key/value heads (Vaswani et al. 2017; Shazeer 2019;
+    Ainslie et al. 2023), rotary positions on both, optional sliding window with sink tokens (StreamingLLM, Xiao et
+    al. 2023) and learned sink logits. Options: `configs/attention/mha.py`.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        *,
+        layer_index: int,
+        rngs: nnx.Rngs,
+        heads: int = 8,
+        kv_heads: int = 8,
+        head_dim: int = 32,
+        value_dim: int = 0,
+        window: int = 0,
+        sink_tokens: int = 0,
+        learned_sinks: bool = False,
+        qk_norm: bool = False,
+        soft_cap: float = 0.0,
+        scale: float = 0.0,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        rope: Rope = Rope(),  # noqa: B008 (frozen)
+    ) -> None:
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads {kv_heads} must divide heads {heads}")
+        self.setting = setting
+        self.heads, self.kv_heads, self.head_dim, self.value_dim = heads, kv_heads, head_dim, value_dim or head_dim
+        self.window, self.sink_tokens, self.soft_cap = window, sink_tokens, soft_cap
+        self.scale = scale or head_dim**-0.5
+        self.rope = rope
+        width, into = setting.width, dict(bias=qkv_bias, rngs=rngs)
+        self.query = Linear(setting, width, heads * head_dim, axes=("embed", "heads"), **into)
+        self.key = Linear(setting, width, kv_heads * head_dim, axes=("embed", "kv_heads"), **into)
+        self.value = Linear(setting, width, kv_heads * self.value_dim, axes=("embed", "kv_heads"), **into)
+        self.out = Linear(
+            setting,
+            heads * self.value_dim,
+            width,
+            axes=("heads", "embed"),
+            bias=out_bias,
+            std=setting.residual_std,
+            rngs=rngs,
+        )
+        self.query_norm = Norm(setting, head_dim) if qk_norm else None
+        self.key_norm = Norm(setting, head_dim) if qk_norm else None
+        self.sinks = nnx.Param(jnp.zeros((heads,), setting.param_dtype), axes=("heads",)) if learned_sinks else None
+
+    @property
+    def mask(self) -> masks.Mask:
+        """Causal; within the window or among the sink tokens where there is a window."""
+        mask = masks.causal()
+        if self.window:
+            near = masks.sliding_window(self.window)
+            mask = mask & (near | masks.sink_tokens(self.sink_tokens) if self.sink_tokens else near)
+        return mask
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        tokens: Tokens,
+        cache: LayerCache | None = None,
+        hooks: Hooks | None = None,
+        layer: int = 0,
+    ) -> AttentionOutput:
+        site = LayerHooks(hooks, layer, tokens)
+        x = site("layer_input", x)
+        q, k, v = (
+            project(x).reshape(*x.shape[:2], heads, -1)
+            for project, heads in ((self.query, self.heads), (self.key, self.kv_heads), (self.value, self.kv_heads))
+        )
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        position = tokens.positions()
+        q = site("query", self.rope.rotate(site("query_raw", q), position))
+        k = self.rope.rotate(k, position)
+        entries, keys = {"k": k, "v": v}, tokens
+        if cache is not None:
+            (entries, keys), cache = cache.append(entries, tokens)
+        heads = attend(
+            q,
+            entries["k"].astype(q.dtype),
+            entries["v"].astype(q.dtype),
+            mask=visible(self.mask, keys),
+            tokens=tokens,
+            keys=keys,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
+            hooks=site,
+            implementation=self.setting.implementation,
+        )
+        out = self.out(site("heads", heads).reshape(*x.shape[:2], -1))
+        return AttentionOutput(out, cache, site.taken)
+
+    def init_cache(self, batch: int, length: int, dtype: str) -> SlotCache:
+        shapes = {"k": (self.kv_heads, self.head_dim), "v": (self.kv_heads, self.value_dim)}
+        pinned = self.sink_tokens if self.window else 0
+        return SlotCache.create(batch, length, shapes, dtype, pinned=pinned, window=self.window)
+
+    def parameter_count(self) -> int:
+        width, both = self.setting.width, self.head_dim + self.value_dim
+        count = width * (self.heads + self.kv_heads) * both
+        if self.query.bias is not None:
+            count += self.heads * self.head_dim + self.kv_heads * both
+        if self.out.bias is not None:
+            count += width
+        if self.query_norm is not None:
+            count += 2 * self.head_dim
+        return count + (0 if self.sinks is None else self.heads)
+
+    def flops(self, length: int) -> int:
+        both = self.head_dim + self.value_dim
+        projections = 2 * length * self.setting.width * (self.heads + self.kv_heads) * both
+        return projections + 2 * cost.pairs(self.mask, length) * self.heads * both
+
+    def cache_bytes(self, length: int, itemsize: int, tensor_parallel: int = 1) -> int:
+        slots = min(length, self.window + self.sink_tokens) if self.window else length
+        heads = max(1, self.kv_heads // tensor_parallel)
+        return slots * heads * (self.head_dim + self.value_dim) * itemsize

@@ -1,0 +1,65 @@
+"""The softmax core that variants share: the attention op on the active mesh, and its hooks."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels.attention import attention, masks, probabilities
+from kernels.tokens import Tokens
+from layers.hooks import LayerHooks, Tap
+from sharding import logical
+
+_QUERY = ("batch", "length", "heads", None)
+_KEY = ("batch", None, "heads", None)
+_TOKENS = ("batch", "length")
+
+
+def attend(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S Hk D"],
+    v: Float[Array, "B S Hk Dv"],
+    *,
+    mask: masks.Mask,
+    tokens: Tokens,
+    keys: Tokens,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: Float[Array, "H"] | None = None,
+    hooks: LayerHooks,
+    implementation: str | None,
+) -> Float[Array, "B T H Dv"]:
+    """Output of every head before W_O; arguments as for `kernels.attention.attention`.
+
+    Under tensor parallelism key/value heads are repeated until they split as the query heads do.
+    Hooks on scores or probabilities form the whole map; a tap on probabilities forms the rows it asks for.
+    """
+    shared = dict(mask=mask, q_tokens=tokens, k_tokens=keys, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    if hooks.edits("scores"):
+        shared["score_mod"] = lambda scores, places: hooks.edit("scores", scores, places.k)
+        implementation = "reference"
+    for site in ("scores", "probabilities"):
+        if (tap := hooks.tap(site)) is not None:
+            hooks.taken[f"tap/{site}"] = _tapped(site, tap, q, k, shared)
+    if hooks.edits("probabilities"):
+        weights = hooks.edit("probabilities", probabilities(q, k, **shared), keys)
+        values = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+        return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), values)
+
+    repeats = logical.kv_repeat(q.shape[2], k.shape[2])
+    if repeats > 1:
+        k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    if logical.active() is None:  # Tokens stay outside the trace where they are constants.
+        return attention(q, k, v, **shared, implementation=implementation)[0]
+
+    def local(q, k, v, tokens, keys, sinks):
+        options = shared | dict(q_tokens=tokens, k_tokens=keys, sinks=sinks)
+        return attention(q, k, v, **options, implementation=implementation)[0]
+
+    specs = (_QUERY, _KEY, _KEY, _TOKENS, ("batch", None), None if sinks is None else ("heads",))
+    return logical.shard_kernel(local, specs, _QUERY)(q, k, v, tokens, keys, sinks)
+
+
+def _tapped(site: str, tap: Tap, q: Array, k: Array, shared: dict) -> Array:
+    rows, heads = (slice(None) if chosen is None else list(chosen) for chosen in (tap.rows, tap.heads))
+    if site == "probabilities":
+        return probabilities(q, k, rows=rows, heads=heads, **shared)
+    raise NotImplementedError("a tap on scores is not offered: tap probabilities, or edit scores")
