@@ -89,7 +89,8 @@ def objective() -> ml_collections.ConfigDict:
 def optimizer() -> ml_collections.ConfigDict:
     """What happens to gradients, in this order: rule, clip, optimiser, schedule, average."""
     config = ml_collections.ConfigDict()
-    config.gradient_rule = "mean"  # Between gradients and optax: mean (the plain gradient), ...
+    config.gradient_rule = "mean"  # Between gradients and optax: mean (the plain gradient) | sam (sharpness-aware).
+    config.sam_radius = 0.05  # sam: how far up the gradient the second one is taken.
     config.name = "adamw"  # adamw | muon | lion | sgd.
     config.learning_rate = 3e-3  # Peak.
     config.schedule = "cosine"  # cosine | wsd (warm-up, stable, decay) | linear | constant.
@@ -113,6 +114,7 @@ def train() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.steps = 500
     config.init_from = ""  # A run folder whose weights start this run ("" initialises from the seed).
+    config.compilation_cache = ""  # A folder where compiled programs are kept from run to run; "" keeps none.
     return config
 
 
@@ -151,6 +153,7 @@ def evaluation() -> ml_collections.ConfigDict:
     config.every = 0  # Steps; 0 evaluates only at the end.
     config.tasks = ("heldout",)
     config.limit = 64.0  # Documents (or rows) per task; below 1 a share of them; 0 is all.
+    config.heldout_tokens = 2048  # The task heldout scores so many first tokens of each document; 0 is all of them.
     config.batch_size = 16
     config.sample_prompts = ("def ", "import ", "class ")
     config.sample_tokens = 120

@@ -7,11 +7,12 @@ parentheses (`--config.data.sources=a,b`), and `arguments` gives the text after 
 """
 
 import dataclasses
-import importlib.util
+import importlib.machinery
 import os
 import pathlib
 import sys
 import traceback
+import types
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -169,9 +170,10 @@ def _module(path: str) -> Any:
         raise ConfigError(f"no config file {path!r}: {hint}")
     if file.suffix != ".py":
         raise ConfigError(f"config file {path!r} is not a Python file (.py)")
-    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    _guard(path, spec.loader.exec_module, module)
+    loader = importlib.machinery.SourceFileLoader(f"config_{file.stem}", str(file))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(file)
+    _guard(path, loader.exec_module, module)
     return module
 
 

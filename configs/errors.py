@@ -13,7 +13,9 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         line = " ".join(message.split())
-        super().__init__("".join(character if character.isprintable() else ascii(character)[1:-1] for character in line))
+        super().__init__(
+            "".join(character if character.isprintable() else ascii(character)[1:-1] for character in line)
+        )
 
 
 class ConfigError(UserError, ValueError):

@@ -106,6 +106,8 @@ def _per_layer(name: str, entry: Any) -> Any:
 class Repeated(str):
     """The texts of a flag that was given several times: the last one counts, and a tuple takes them all."""
 
+    texts: tuple[str, ...]
+
     def __new__(cls, texts: Sequence[str]) -> "Repeated":
         self = super().__new__(cls, texts[-1])
         self.texts = tuple(texts)
@@ -114,7 +116,7 @@ class Repeated(str):
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Every field by its dotted name."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, ml_collections.ConfigDict):
             fields |= {f"{name}.{below}": leaf for below, leaf in flat(value).items()}
@@ -225,7 +227,7 @@ def _tuple(name: str, text: str, texts: bool) -> tuple[Any, ...]:
             value = ast.literal_eval(text.strip())
         except _NOT_A_LITERAL:
             raise ConfigError(f"{name} must be a tuple such as (1, 2) or ('a', 'b'), got {text!r}") from None
-        return value if isinstance(value, list | tuple) else (value,)
+        return tuple(value) if isinstance(value, list | tuple) else (value,)
     return tuple(_element(part, texts) for part in split(text))
 
 

@@ -12,6 +12,8 @@ Arguments (`--print` shows what they resolve to):
 EXPECTED
 """
 
+import dataclasses
+
 import ml_collections
 
 from configs import attention, base
@@ -19,11 +21,26 @@ from configs.command_line import arguments
 from configs.errors import ConfigError, unknown
 from configs.sizes import resize
 
-# width, depth, heads, head_dim, mlp width, tokens per row, rows per step, steps, peak learning rate
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """What a size decides; the rest is `configs/base.py`."""
+
+    width: int
+    depth: int
+    heads: int
+    head_dim: int
+    mlp_width: int
+    length: int  # Tokens per row, and the longest sequence of the model.
+    batch_size: int
+    steps: int
+    learning_rate: float
+
+
 SIZES = {
-    "tiny": dict(width=128, depth=4, heads=4, head_dim=32, mlp=352, length=256, batch=16, steps=500, rate=3e-3),
-    "small": dict(width=256, depth=8, heads=8, head_dim=32, mlp=704, length=512, batch=16, steps=2000, rate=2e-3),
-    "base": dict(width=768, depth=12, heads=12, head_dim=64, mlp=2048, length=1024, batch=64, steps=20000, rate=6e-4),
+    "tiny": Size(128, 4, 4, 32, 352, length=256, batch_size=16, steps=500, learning_rate=3e-3),
+    "small": Size(256, 8, 8, 32, 704, length=512, batch_size=16, steps=2000, learning_rate=2e-3),
+    "base": Size(768, 12, 12, 64, 2048, length=1024, batch_size=64, steps=20000, learning_rate=6e-4),
 }
 
 
@@ -35,17 +52,17 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
     size = SIZES[args.size]
     config = base.get_config()
     config.name = f"lm-{args.attention}-{'smoke' if args.smoke else args.size}"
-    config.model.width = size["width"]
-    config.model.depth = size["depth"]
-    config.model.max_length = size["length"]
-    config.model.mlp.width = size["mlp"]
-    config.model.attention = resize(attention.get(args.attention), heads=size["heads"], head_dim=size["head_dim"])
+    config.model.width = size.width
+    config.model.depth = size.depth
+    config.model.max_length = size.length
+    config.model.mlp.width = size.mlp_width
+    config.model.attention = resize(attention.get(args.attention), heads=size.heads, head_dim=size.head_dim)
     config.data.tokenizer = args.tokenizer
-    config.data.length = size["length"]
-    config.data.batch_size = size["batch"]
-    config.optimizer.learning_rate = size["rate"]
-    config.optimizer.warmup_steps = size["steps"] // 20
-    config.train.steps = size["steps"]
+    config.data.length = size.length
+    config.data.batch_size = size.batch_size
+    config.optimizer.learning_rate = size.learning_rate
+    config.optimizer.warmup_steps = size.steps // 20
+    config.train.steps = size.steps
     return smoke(config) if args.smoke else config
 
 

@@ -16,8 +16,8 @@ def expand(model: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
 
     An entry of `per_layer` is (blocks, {dotted field: value}); blocks is a number (`"0"`, `"-1"`) or a slice
     (`"1::2"`), and "attention" alone takes all the options of another variant. A field that holds a tuple gives one
-    value per block, its last value repeating. Raises ConfigError for an entry that is malformed, chooses no block, or sets a
-    field that does not exist.
+    value per block, its last value repeating. Raises ConfigError for an entry that is malformed, chooses no block, or
+    sets a field that does not exist.
     """
     chosen: list[tuple[int, ...]] = [()] * model.depth
     for number, entry in enumerate(model.per_layer):
@@ -64,8 +64,10 @@ def _at(value: Any, block: int) -> Any:
 def _blocks(name: str, blocks: object, depth: int) -> list[int]:
     """The block numbers that `blocks` chooses out of `depth`."""
     try:
-        parts = [int(part) if part.strip() else None for part in str(blocks).split(":")]
-        chosen = list(range(depth))[slice(*parts)] if len(parts) > 1 else [range(depth)[parts[0]]]
+        parts = str(blocks).split(":")
+        if len(parts) == 1:
+            return [range(depth)[int(parts[0])]]
+        chosen = list(range(depth))[slice(*(int(part) if part.strip() else None for part in parts))]
     except (ValueError, TypeError, IndexError):
         chosen = []
     if not chosen:

@@ -109,13 +109,14 @@ def _optimizer(rules: Rules) -> None:
     rules.number("decay_share", "final_share", least=0, most=1)
     rules.one_of("decay_mask", ("matrices", "all", "none"))
     rules.number("b1", "b2", "momentum", "ema_decay", least=0, under=1)
-    rules.number("epsilon", above=0)
+    rules.number("epsilon", "sam_radius", above=0)
     rules.whole("accumulate")
 
 
 def _train(rules: Rules) -> None:
     rules.whole("steps")
     rules.path("init_from")
+    rules.path("compilation_cache")
 
 
 def _checkpoint(rules: Rules) -> None:
@@ -148,7 +149,7 @@ def _log(rules: Rules) -> None:
 
 
 def _eval(rules: Rules) -> None:
-    rules.whole("every", "sample_tokens", least=0)
+    rules.whole("every", "sample_tokens", "heldout_tokens", least=0)
     rules.whole("batch_size")
     rules.texts("tasks", "sample_prompts")
     rules.number("limit", least=0)

@@ -22,7 +22,7 @@ class Linear(nnx.Module):
         inputs: int,
         outputs: int,
         *,
-        axes: tuple[str | None, str | None],
+        axes: logical.Axes,
         rngs: nnx.Rngs,
         std: float | None = None,
         bias: bool = False,
@@ -40,5 +40,5 @@ class Linear(nnx.Module):
         """The product in x's dtype, accumulated in float32."""
         # One device keeps float32 weights up to the product (and their gradients); a mesh moves the narrow copy.
         weight = self.weight[...] if logical.active() is None else self.matrix(x.dtype)
-        y = linear(x, weight, None if self.bias is None else self.bias[...])
+        y = linear(x, weight, None if self.bias is None else logical.gather(self.bias[...], self.axes[1:]))
         return checkpoint_name(y, "linear")

@@ -23,6 +23,7 @@ from sharding import logical
 
 _ACTIVATIONS = ("batch", "length", "embed")
 _REMAT = {
+    "none": logical.save_all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("linear"),
 }
@@ -231,7 +232,9 @@ def _stacked(setting: Setting, spec: Spec, key: jax.Array, layers: Int[Array, "R
 
 
 def _rematerialised(function: Callable, remat: str) -> Callable:
-    return function if remat == "none" else jax.checkpoint(function, policy=_REMAT[remat])
+    if remat == "none" and logical.active() is None:
+        return function
+    return jax.checkpoint(function, policy=_REMAT[remat])
 
 
 def _sum_losses(aux: dict[str, Array]) -> dict[str, Array]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # One entry per dimension. (name, blocks) is a dimension that holds so many blocks side by side, which stay in one piece
 # (the heads of a [D, heads * head_dim] matrix): the blocks must divide, not just the size.
@@ -58,6 +58,13 @@ class Active:
 
     mesh: Mesh
     rules: tuple[tuple[str, Rule], ...]
+
+    @property
+    def kernel_mesh(self) -> Mesh:
+        """The mesh without its axes of one device: `shard_map` would sum gradients along those, one by one."""
+        names = tuple(name for name, size in self.mesh.shape.items() if size > 1)
+        devices = self.mesh.devices.reshape([self.mesh.shape[name] for name in names])
+        return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
 
     def rule(self, name: str) -> Rule:
         """The rule of a logical axis; `ShardingError` for a name the table does not have."""
@@ -189,15 +196,25 @@ def _gather(weight: jax.Array, whole: NamedSharding, rest: NamedSharding) -> jax
 
 
 def _gather_forward(weight: jax.Array, whole: NamedSharding, rest: NamedSharding) -> tuple[jax.Array, None]:
-    return _gather(weight, whole, rest), None
+    return _place(_place(weight, rest), whole), None  # Not by _gather: `save_all_but_gathered` must see the placing.
 
 
 def _gather_backward(whole: NamedSharding, rest: NamedSharding, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    # Autodiff would constrain the gradient as the output was, whole on every device: an all-reduce of everything.
-    return (_place(gradient, rest),)
+    # Two steps, a sum and a cut, are one reduce-scatter where the compiler has it. Asked for the pieces at once, the
+    # partitioner moves activations instead for some gradients (the embedding table's).
+    return (_place(_place(gradient, whole), rest),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def save_all_but_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """The `jax.checkpoint` policy that recomputes nothing but layouts: gathered weights are gathered again.
+
+    A layer differentiated without it keeps its whole weights until the backward pass, so that a scan over layers ends
+    up with the whole model on every device.
+    """
+    return primitive.name != "sharding_constraint"
 
 
 def shard_kernel(function: Callable, in_axes: Sequence[Axes | None], out_axes: Any) -> Callable:
@@ -225,7 +242,7 @@ def shard_kernel(function: Callable, in_axes: Sequence[Axes | None], out_axes: A
         whole = _left_whole(context, pairs, in_specs)
         # check_vma=False: kernels with their own derivative rules do not state how their results vary.
         out_specs = _output_specs(context, out_axes, whole)
-        mapped = jax.shard_map(local, mesh=context.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        mapped = jax.shard_map(local, mesh=context.kernel_mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
         return mapped(*arguments)
 
     return sharded

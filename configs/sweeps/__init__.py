@@ -3,9 +3,9 @@
 A sweep file defines
 
     CONFIG = "configs/lm.py:size=tiny"       the config every point starts from (as after --config=)
-    def get_sweep() -> Sweep: ...            a list of points, each a dict of dotted overrides
+    SWEEP = product(...)                     a list of points, each a dict of dotted overrides
 
-A point's key `name` names its run; `config` replaces CONFIG for that point. `train.py --sweep=FILE` runs the points.
+A point's field `name` names its run, else the fields that differ do. `python train.py --sweep=FILE` runs the points.
 """
 
 from configs.sweeps.combinators import Point, Sweep, chain, label, labels, overlay, param, product, zip_

@@ -77,7 +77,9 @@ def labels(sweep: Sequence[Point]) -> list[str]:
     names = [label(point, sweep) for point in sweep]
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise ConfigError(f"two points of the sweep are both called {name!r}: {sweep[names.index(name)]} and {sweep[index]}")
+            raise ConfigError(
+                f"two points of the sweep are both called {name!r}: {sweep[names.index(name)]} and {sweep[index]}"
+            )
     return names
 
 

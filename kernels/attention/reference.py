@@ -36,7 +36,7 @@ def weights(
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     row, head = (jnp.arange(n) if x is None else x for n, x in ((q.shape[1], rows), (q.shape[2], heads)))
     key_head = head // (q.shape[2] // k.shape[2])
-    q = _take(_take(q, rows, 1), heads, 2)
+    q = q[:, row][:, :, head] if rows is not None or heads is not None else q
     spoilt_rows, spoilt_keys = ~jnp.isfinite(q).all(-1), spoilt_keys | ~jnp.isfinite(k).all(-1)
     q = jnp.where(spoilt_rows[..., None], 0, q)
     k = _take(jnp.where(spoilt_keys[..., None], 0, k), key_head, 2)
@@ -52,7 +52,8 @@ def weights(
         at = Places(batch[:, None, None, None], head[:, None, None], row[:, None], key, q_tokens, k_tokens)
         s = score_mod(s, at)
     spoilt = spoilt_rows.transpose(0, 2, 1)[..., None] | _take(spoilt_keys, key_head, 2).transpose(0, 2, 1)[:, :, None]
-    s = jnp.where(_take(mask.allowed(q_tokens, k_tokens), heads, 1), jnp.where(spoilt, jnp.nan, s), -jnp.inf)
+    allowed = _take(mask.allowed(q_tokens, k_tokens), heads, 1)
+    s = jnp.where(allowed, jnp.where(spoilt, jnp.nan, s), -jnp.inf)
     sink = jnp.full((1, 1, 1), -jnp.inf, dtype) if sinks is None else sinks.astype(dtype)[head][:, None, None]
     top = lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True, initial=-jnp.inf), sink))
     top = jnp.where(top == -jnp.inf, 0, top)  # A row without keys: every exp is 0, no gradient passes.
@@ -60,7 +61,7 @@ def weights(
     total = e.sum(-1, keepdims=True) + jnp.exp(sink - top)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    return e / total, jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
+    return jnp.where(allowed, e / total, 0), jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
 
 
 def attention(q: Array, k: Array, v: Float[Array, "B S Hk Dv"], **options: Any) -> tuple[Array, Array]:
@@ -74,4 +75,5 @@ def attention(q: Array, k: Array, v: Float[Array, "B S Hk Dv"], **options: Any) 
 
 
 def _take(x: Array, at: Array | None, axis: int) -> Array:
+    """Entries of an axis that may be of size 1, standing for all."""
     return x if at is None or x.shape[axis] == 1 else jnp.take(x, at, axis)

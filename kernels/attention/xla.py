@@ -25,6 +25,9 @@ from kernels.attention.plan import Plan
 from kernels.tokens import Tokens
 
 
+FEW_ROWS = 8  # Up to so many queries the plain form is the frugal one.
+
+
 def supports(case: Any) -> str | None:
     """None where this form can do the case, else why not."""
     if case.score_mod:
@@ -160,6 +163,7 @@ def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[
                 clean(jnp.swapaxes(lax.dynamic_slice(x, (b, j * size, g * per, 0), (1, size, per, x.shape[3]))[0], 0, 1))
                 for x in (k_padded, v_padded)
             )  # [per, block_k, D]
+            keys_transposed = jnp.swapaxes(keys, 1, 2)
 
             def step(i: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
                 d_queries, d_keys, d_values = carry
@@ -174,7 +178,7 @@ def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[
                 p, ds = p.astype(v.dtype), ds.astype(v.dtype)
                 d_values += _dot(p, d_out, 2, 1, dtype)
                 d_keys += _dot(ds, query, 2, 1, dtype)
-                d_query = _pick(d_queries, i) + _dot(keys, ds, 1, 1, dtype)
+                d_query = _pick(d_queries, i) + _dot(keys_transposed, ds, 2, 1, dtype)
                 return lax.dynamic_update_index_in_dim(d_queries, d_query, i, 0), d_keys, d_values
 
             zeros = (jnp.zeros((per, size, x.shape[3]), dtype) for x in (k, v))

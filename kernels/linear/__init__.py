@@ -39,8 +39,8 @@ def linear(
 
     Products run in x's type and accumulate in float32 (float64 for float64 inputs); `bias` is added before rounding.
     `w` and `bias` may be stored wider than x (float32 weights, bfloat16 activations): they are cast inside, and their
-    gradients come back in their own type, straight from the float32 accumulation. Reverse-mode differentiable any number of
-    times; forward mode (`jax.jvp`) only with `implementation="reference"`.
+    gradients come back in their own type, straight from the float32 accumulation. Reverse-mode differentiable any
+    number of times; forward mode (`jax.jvp`) only with `implementation="reference"`.
 
     `implementation` None chooses by platform; a named one obeys. Raises `ValueError` for shapes that do not fit.
     """

@@ -132,7 +132,7 @@ class LightningAttention(Attention):
     def flops(self, length: int) -> int:
         phases = 0 if self.theta is None else self.heads * self.head_dim
         projections = 2 * length * (self.parameter_count() - phases)
-        return projections + cost.flops(1, length, self.heads, self._key_dim, self.value_dim)
+        return projections + cost.flops(length, self.heads, self._key_dim, self.value_dim)
 
     def cache_bytes(self, length: int, itemsize: int, tensor_parallel: int = 1) -> int:
         return self.heads // tensor_parallel * self._key_dim * self.value_dim * 4  # The state is float32.

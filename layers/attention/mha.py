@@ -51,8 +51,8 @@ class MultiHeadAttention(Attention):
         self.rope = rope
         width, into = setting.width, dict(bias=qkv_bias, rngs=rngs)
         self.query = Linear(setting, width, heads * head_dim, axes=("embed", "heads"), **into)
-        self.key = Linear(setting, width, kv_heads * head_dim, axes=("embed", "kv_heads"), **into)
-        self.value = Linear(setting, width, kv_heads * self.value_dim, axes=("embed", "kv_heads"), **into)
+        self.key = Linear(setting, width, kv_heads * head_dim, axes=("embed", ("kv_heads", kv_heads)), **into)
+        self.value = Linear(setting, width, kv_heads * self.value_dim, axes=("embed", ("kv_heads", kv_heads)), **into)
         self.out = Linear(
             setting,
             heads * self.value_dim,

@@ -1,0 +1,1 @@
+"""Generated tasks: associative recall on ids, needles in text. Pure functions of their settings and a seed."""

@@ -1,0 +1,428 @@
+"""The one evaluator: runs or untrained models -> tasks -> tables, JSON, samples, reports.
+
+    python eval.py --run=runs/lm-gqa --tasks=heldout,needle --limit=50
+    python eval.py --run=runs/gqa --run=runs/mla --tasks=heldout        compared document by document
+    python eval.py --model=mla --tasks=mqar --params=mqar.steps=400     a probe of an attention; no run needed
+    python eval.py ls tasks
+    python eval.py report runs/gqa runs/mla --output=report.html
+
+Flags and files follow lm-evaluation-harness. Results go to --output, by default to <run>/eval.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from configs import command_line
+from configs.errors import ConfigError, UserError, unknown
+
+if TYPE_CHECKING:
+    from evaluation import Results
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes as one line that names the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            word = message.removeprefix("unrecognized arguments: ").split()[0]
+            if not word.startswith("-"):
+                raise ConfigError(f"unexpected argument {word!r}: flags begin with --, or begin with `ls` or `report`")
+            known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+            raise ConfigError(unknown("flag", word.partition("=")[0], known))
+        raise ConfigError(message)
+
+
+def parser() -> Parser:
+    """The flags."""
+    flags = Parser(
+        prog="eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = flags.add_argument
+    add("--run", action="append", default=[], metavar="DIR", help="a run folder; several are compared")
+    add("--step", type=int, default=None, help="the checkpoint of this step; else the newest sound one")
+    add(
+        "--model",
+        "-m",
+        default="",
+        help="an untrained model: an attention preset, or a config such as configs/lm.py:attention=mla",
+    )
+    add(
+        "--model_args",
+        "-a",
+        default="",
+        metavar="K=V,...",
+        help="fields of the model's config, such as model.width=128,seed=1",
+    )
+    add("--tasks", "-t", default="heldout", help="names, groups and wildcards, with commas between")
+    add(
+        "--params",
+        action="append",
+        default=[],
+        metavar="TASK.K=V,...",
+        help="a task's own parameters, such as mqar.steps=400",
+    )
+    add("--num_fewshot", "-f", type=int, default=0, help="worked examples before each question (no task here has any)")
+    add("--batch_size", "-b", default="16", help="rows, or auto")
+    add("--limit", "-L", type=float, default=0.0, help="documents per task; below 1 a share of them; 0 is all")
+    add("--samples", "-E", default="", metavar="JSON", help="""only these documents: '{"heldout": [0, 5]}'""")
+    add("--output_path", "--output", "-o", default="", metavar="DIR", help="where results go; else <run>/eval")
+    add("--log_samples", "-s", action="store_true", help="write samples_<task>_<time>.jsonl")
+    add("--predict_only", action="store_true", help="write samples, compute no metrics")
+    add("--gen_kwargs", default="", metavar="K=V,...", help="of generation, such as temperature=0.8,max_gen_toks=64")
+    add("--seed", default="0", help="decides draws and probes; of a list the first number counts")
+    add("--bootstrap_iters", type=int, default=100_000, help="for the errors of ratios; 0 takes the delta method")
+    add("--length", type=int, default=0, help="window in tokens; else config.data.length")
+    add("--system_instruction", default="", help="text before every prompt")
+    add("--apply_chat_template", action="store_true", help="only for tokenizers that have one")
+    add("--use_cache", "-c", default="", metavar="DIR", help="keep results of tasks, and do finished tasks only once")
+    add("--include_path", default="", metavar="DIR", help="a folder with further tasks")
+    add(
+        "--config",
+        "-C",
+        default="",
+        metavar="FILE",
+        help="a YAML or JSON file with values of these flags; the command line wins",
+    )
+    return flags
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    if argv and argv[0] == "ls":
+        return listing(list(argv[1:]))
+    if argv and argv[0] == "report":
+        return reporting(list(argv[1:]))
+    options = read_options(argv)
+    with told():
+        return evaluate(options)
+
+
+def read_options(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of the command line over those of --config over the defaults."""
+    flags = parser()
+    given = flags.parse_args(argv)
+    if given.config:
+        known = {action.dest for action in flags._actions} - {"help", "config"}
+        values = _file(pathlib.Path(given.config))
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"{given.config}: {unknown('flag', str(name), known)}")
+        for name, value in values.items():
+            if name in ("run", "params") and not isinstance(value, list):
+                values[name] = [value]
+            elif name in ("tasks",) and isinstance(value, list):
+                values[name] = ",".join(map(str, value))
+            elif isinstance(value, dict):
+                values[name] = (
+                    json.dumps(value) if name == "samples" else ",".join(f"{k}={v}" for k, v in value.items())
+                )
+        flags.set_defaults(
+            **{name: str(v) if isinstance(flags.get_default(name), str) else v for name, v in values.items()}
+        )
+        given = flags.parse_args(argv)
+    if not given.run and not given.model:
+        raise ConfigError("nothing to evaluate: give --run=DIR, or --model=NAME for an untrained model")
+    if given.run and (given.model or given.model_args):
+        raise ConfigError("--run and --model (or --model_args) exclude each other: a run has its model")
+    if given.num_fewshot:
+        raise ConfigError(f"--num_fewshot={given.num_fewshot}: no task here has worked examples; leave it at 0")
+    if given.apply_chat_template:
+        raise ConfigError("--apply_chat_template: the tokenizers of runs have no chat template; leave the flag out")
+    if given.step is not None and len(given.run) != 1:
+        raise ConfigError("--step needs exactly one --run")
+    if given.bootstrap_iters < 0:
+        raise ConfigError(f"--bootstrap_iters must be 0 or more, got {given.bootstrap_iters}")
+    return given
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluates every run (or the untrained model), shows tables and writes results."""
+    import jax
+    from rich.console import Console
+
+    from evaluation import tasks
+
+    if options.include_path:
+        tasks.include(options.include_path)
+    chosen = tasks.match(part for part in options.tasks.split(",") if part)
+    settings = _settings(options)
+    console, documents = Console(highlight=False), []
+    for folder in options.run or [""]:
+        results, target = _one(options, settings, folder, any(task.needs_text for task in chosen))
+        console.print(results.table())
+        documents.append((results.name, results.json()))
+        if jax.process_index() == 0:
+            path = results.write(target, log_samples=options.log_samples or options.predict_only)
+            console.print(f"results: {path}", soft_wrap=True)
+    if len(documents) > 1:
+        console.print(_comparison(documents, [task.name for task in chosen]))
+    return 0
+
+
+def listing(argv: Sequence[str]) -> int:
+    """`ls tasks`: every task with what it does; `ls tasks --include_path=DIR` with those of a folder."""
+    from rich.console import Console
+
+    from evaluation import tasks
+
+    flags = Parser(prog="eval.py ls", allow_abbrev=False)
+    flags.add_argument("what", choices=("tasks", "groups"))
+    flags.add_argument("--include_path", default="")
+    options = flags.parse_args(argv)
+    if options.include_path:
+        tasks.include(options.include_path)
+    console = Console(highlight=False, soft_wrap=True)
+    if options.what == "groups":
+        for group, members in tasks.groups().items():
+            console.print(f"[bold]{group:<18}[/bold]{', '.join(members)}")
+        return 0
+    for task in tasks.match(["*"]):
+        shown = ", ".join(f"{name}={value}" for name, value in task.defaults.items() if len(str(value)) < 30)
+        console.print(f"[bold]{task.name:<18}[/bold]{task.description} \\[{task.output_type}]")
+        console.print(f"{'':<18}[dim]{shown}[/dim]")
+    return 0
+
+
+def reporting(argv: Sequence[str]) -> int:
+    """`report RUN ... --output=report.html`: one page about the runs; the first is the one others are compared with."""
+    flags = Parser(prog="eval.py report", allow_abbrev=False)
+    flags.add_argument("runs", nargs="+", metavar="RUN")
+    flags.add_argument("--output", "--output_path", "-o", default="")
+    options = flags.parse_args(argv)
+    from evaluation import report
+
+    with told():
+        runs = [pathlib.Path(run) for run in options.runs]
+        target = (
+            options.output or (runs[0] if len(runs) == 1 else pathlib.Path(os.path.commonpath(runs))) / "report.html"
+        )
+        print(f"report: {report.write(runs, target)}")
+    return 0
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Makes the user's mistakes that `data` and `sharding` find, which know nothing of configs, into UserErrors."""
+    from data.errors import DataError
+    from sharding.logical import ShardingError
+
+    try:
+        yield
+    except (DataError, ShardingError) as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
+
+def _one(
+    options: argparse.Namespace, settings: dict[str, Any], folder: str, needs_text: bool
+) -> tuple["Results", pathlib.Path]:
+    """The results of one run folder, or of the untrained model, and the folder they belong in."""
+    import data
+    import evaluation
+    from evaluation.results import sanitise
+
+    if folder:
+        from training import load_run
+
+        loaded = load_run(folder, options.step)
+        config, model, tokenizer, layout, step = (
+            loaded.config,
+            loaded.model,
+            loaded.tokenizer,
+            loaded.layout,
+            loaded.step,
+        )
+    else:
+        config, layout, step = _untrained_config(options), None, 0
+        tokenizer = model = None
+    pipeline = None
+    if needs_text or model is None:
+        source = config.data.copy_and_resolve_references()
+        if folder:
+            source.tokenizer = str(pathlib.Path(folder) / "tokenizer")  # The run's own, not one trained anew.
+        pipeline = data.build(source, seed=config.seed)
+    if model is None:
+        from flax import nnx
+
+        import models
+
+        tokenizer = pipeline.tokenizer
+        model = models.build(config.model, vocab_size=tokenizer.vocab_size, rngs=nnx.Rngs(config.seed))
+    name = config.name if folder else f"{options.model} (untrained)"
+    with _progress() as progress:
+        results = evaluation.evaluate(
+            model, tokenizer, pipeline, [part for part in options.tasks.split(",") if part], config=config, name=name,
+            layout=layout, step=step, progress=progress, fingerprint=True, cache=options.use_cache, **settings,
+        )  # fmt: skip
+    if folder:
+        _check_corpus(pathlib.Path(folder), results)
+    target = (
+        pathlib.Path(options.output_path) / sanitise(name)
+        if options.output_path
+        else pathlib.Path(folder or "runs") / "eval"
+    )
+    return results, target
+
+
+def _untrained_config(options: argparse.Namespace) -> Any:
+    from configs import attention, fields, validate
+
+    if options.model.partition(":")[0].endswith(".py"):
+        spec = options.model
+    elif options.model in attention.names():
+        spec = f"configs/lm.py:attention={options.model}"
+    else:
+        raise ConfigError(unknown("--model", options.model, attention.names()))
+    config = fields.apply(command_line.load(spec), _pairs("--model_args", options.model_args))
+    validate.check(config)
+    return config
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `evaluation.evaluate` that flags give."""
+    length = options.length or 256
+    if options.batch_size == "auto":
+        batch_size = max(1, 16_384 // length)
+    elif options.batch_size.isdecimal() and int(options.batch_size) > 0:
+        batch_size = int(options.batch_size)
+    else:
+        raise ConfigError(f"--batch_size must be a number of rows or auto, got {options.batch_size!r}")
+    seed = options.seed.split(",")[0]
+    if not seed.isdecimal():
+        raise ConfigError(f"--seed must be a whole number of 0 or more, got {options.seed!r}")
+    params: dict[str, dict[str, str]] = {}
+    for text in options.params:
+        for name, value in _pairs("--params", text).items():
+            task, dot, parameter = name.partition(".")
+            if not dot:
+                raise ConfigError(
+                    f"--params needs the task's name before a dot, as in heldout.max_tokens=0, got {name!r}"
+                )
+            params.setdefault(task, {})[parameter] = value
+    return {
+        "limit": options.limit,
+        "batch_size": batch_size,
+        "length": options.length,
+        "seed": int(seed),
+        "params": params,
+        "bootstrap_iterations": options.bootstrap_iters,
+        "generation": {name: _number(value) for name, value in _pairs("--gen_kwargs", options.gen_kwargs).items()},
+        "system": options.system_instruction,
+        "picked": _picked(options.samples),
+        "predict_only": options.predict_only,
+    }
+
+
+def _picked(text: str) -> dict[str, list[int]]:
+    try:
+        picked = json.loads(text) if text else {}
+        if not all(isinstance(i, int) for indices in picked.values() for i in indices):
+            raise TypeError("indices must be whole numbers")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigError(f"""--samples must be JSON such as '{{"heldout": [0, 5]}}': {error}""") from None
+    return picked
+
+
+def _pairs(flag: str, text: str) -> dict[str, str]:
+    from configs.fields import split
+
+    pairs = {}
+    for part in split(text):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"{flag} needs name=value with commas between, got {part!r}")
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def _number(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _file(path: pathlib.Path) -> dict[str, Any]:
+    import yaml
+
+    if path.suffix == ".py":
+        raise ConfigError(
+            f"--config={path} is a model's config: give it as --model={path}; --config reads YAML or JSON"
+        )
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: there is no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config={path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config={path} must hold names and values of flags")
+    return values
+
+
+def _check_corpus(folder: pathlib.Path, results: "Results") -> None:
+    """Says so when the held-out text is not that of the run: another interpreter has another standard library."""
+    from evaluation import runs
+
+    before = runs.read([folder])[0].described.get("corpus", {}).get("hash")
+    now = results.run.get("corpus", {}).get("hash")
+    if before and now and before != now:
+        print(
+            f"warning: the corpus has changed since {folder} was evaluated ({before[:12]}, now {now[:12]})",
+            file=sys.stderr,
+        )
+
+
+def _comparison(documents: Sequence[tuple[str, dict[str, Any]]], tasks: Sequence[str]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    from evaluation.results import compare
+
+    first = documents[0][0]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"difference to {first}, paired",
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for heading in ("Task", "Metric", "Run", "Difference", "", "Stderr", "p", "Units"):
+        table.add_column(heading, justify="left" if heading in ("Task", "Metric", "Run") else "right")
+    for task in tasks:
+        differences = compare([document for _, document in documents], task)
+        for (name, _), found in zip(documents[1:], differences, strict=True):
+            if found is None:
+                continue
+            metric = documents[0][1]["units"][task]["metric"]
+            error = ("±", f"{found.stderr:.4f}", f"{found.p_value:.2g}") if found.stderr is not None else ("", "", "")
+            table.add_row(task, metric, name, f"{found.value:+.4f}", *error, str(found.n))
+    return table
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar on a terminal; nothing elsewhere, where the tables say enough."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        job = bar.add_task("loading", total=None)
+        yield lambda what, done, total: bar.update(job, description=what, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

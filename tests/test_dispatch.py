@@ -1,0 +1,54 @@
+"""Choosing an implementation: auto may choose, a name must obey, and nothing falls back in silence."""
+
+import logging
+
+import pytest
+
+from kernels import dispatch
+from kernels.dispatch import Implementation, choose
+
+CANDIDATES = {
+    "fast": Implementation("fast", lambda: "fast", lambda case: None if case == "easy" else "too hard", ("gpu",)),
+    "steady": Implementation("steady", lambda: "steady", lambda case: "never this" if case == "odd" else None),
+}
+
+
+@pytest.fixture(autouse=True)
+def _forget(monkeypatch):
+    monkeypatch.setattr(dispatch, "_told", set())
+
+
+def test_none_takes_the_first_that_fits_platform_and_case() -> None:
+    assert choose("op", None, CANDIDATES, "easy", platform="gpu").name == "fast"
+    assert choose("op", None, CANDIDATES, "easy", platform="cpu").name == "steady"
+    assert choose("op", None, CANDIDATES, "hard", platform="gpu").name == "steady"
+    assert choose("op", None, CANDIDATES, "easy").name == "steady"  # The tests run on CPU.
+
+
+def test_the_choice_and_the_refusals_are_logged_once(caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="tessera.kernels"):
+        for _ in range(3):
+            choose("op", None, CANDIDATES, "hard", platform="gpu")
+        choose("op", None, CANDIDATES, "easy", platform="gpu")
+    assert [record.getMessage() for record in caplog.records] == [
+        "op on gpu: steady (refused fast: too hard)",
+        "op on gpu: fast",
+    ]
+
+
+def test_a_named_one_is_obeyed_even_off_its_platform_or_refuses_with_the_reason() -> None:
+    assert choose("op", "fast", CANDIDATES, "easy", platform="cpu").name == "fast"
+    with pytest.raises(NotImplementedError, match="'fast' cannot do this case: too hard"):
+        choose("op", "fast", CANDIDATES, "hard", platform="gpu")
+
+
+def test_all_reasons_are_given_when_none_can() -> None:
+    with pytest.raises(NotImplementedError, match="fast: not for cpu; steady: never this"):
+        choose("op", None, CANDIDATES, "odd", platform="cpu")
+
+
+def test_an_unknown_name_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown implementation 'stedy' of op: did you mean steady"):
+        choose("op", "stedy", CANDIDATES, "easy")
+    with pytest.raises(ValueError, match="known: fast, steady"):
+        choose("op", "zzz", CANDIDATES, "easy")
