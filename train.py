@@ -11,6 +11,7 @@ status 0. Several processes (hosts) each run the same command with --coordinator
 
 import contextlib
 import dataclasses
+import errno
 import pathlib
 import signal
 from types import SimpleNamespace
@@ -180,6 +181,7 @@ def finish(folder: "RunFolder", step: int, metrics: dict[str, Any], bar: Any) ->
     page = folder.path / "report.html"
     report.write([folder.path], page)
     folder.finish(step, metrics)
+    bar.doing("done")
     bar.say(f"done: {page}")
 
 
@@ -193,7 +195,7 @@ def main(argv: list[str]) -> int:
         if flags.sweep:
             from training import sweeps
 
-            return sweeps.run(flags.sweep, config, run, only_print=flags.print)
+            return sweeps.run(flags.sweep, config, told()(run), only_print=flags.print)
         if flags.print:
             from training import summary
 
@@ -213,7 +215,7 @@ def join(flags: SimpleNamespace) -> None:
 
 @contextlib.contextmanager
 def told() -> Any:
-    """Makes the user's mistakes that `data` and `sharding` find, which know nothing of configs, into UserErrors."""
+    """Makes what `data` and `sharding` (which know nothing of configs) and the disk complain of into UserErrors."""
     from data.errors import DataError
     from sharding.logical import ShardingError
 
@@ -221,6 +223,10 @@ def told() -> Any:
         yield
     except (DataError, ShardingError) as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UserError(f"{error.filename or 'a file of the run'} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

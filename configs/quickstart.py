@@ -29,10 +29,10 @@ def get_config(text: str = "") -> ml_collections.ConfigDict:
     config.model.attention = resize(attention.get(args.attention), heads=4, head_dim=32)
     config.model.mlp.width = MLP_WIDTHS.get(args.attention, 352)
     config.data.length = 256
-    config.data.batch_size = 16
+    config.data.batch_size = 8
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 20
-    config.train.steps = 250
+    config.train.steps = 200
     config.checkpoint.every = 0
     config.eval.limit = 48.0
     config.eval.batch_size = 16

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def complete(context: EvalContext, prompts: Sequence[str], *, max_new_tokens: in
     local = _local(context)
     generate = context.generate
     if generate is None:
-        from models import generate
+        from models import generate  # type: ignore[assignment]
     parts = 1 if local.layout is None else batch_parts(local.layout)
     size = -(-min(context.batch_size, max(1, len(prompts))) // parts) * parts
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
@@ -57,7 +57,7 @@ def complete(context: EvalContext, prompts: Sequence[str], *, max_new_tokens: in
     return texts
 
 
-def generation_options(given: dict[str, Any]) -> dict[str, Any]:
+def generation_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options under the generator's names; EvaluationError for one it does not have."""
     options = {_RENAMED.get(name, name): value for name, value in given.items()}
     for name in options:

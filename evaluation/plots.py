@@ -5,9 +5,11 @@ that one picture serves both colour schemes. Nothing here touches pyplot, hence 
 """
 
 import base64
+import dataclasses
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,7 +31,7 @@ _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PAPER: "paper"} | {
     colour: f"series-{index + 1}" for index, colour in enumerate(SERIES)
 }
 HEAT = LinearSegmentedColormap.from_list("tessera", ["#eef3f8", "#9cc3e4", "#3f86c4", "#1d4f8c", "#0d2a52"])
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.5,
@@ -89,15 +91,23 @@ def data_url(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode("ascii")
 
 
-def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, ylabel: str, smooth: bool = True
-) -> Figure:
-    """Lines over steps, one per run, named at their right ends; behind a smoothed line its raw one, faint."""
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Values over steps, in the colour of a series; a line without a name shares that of another."""
+
+    name: str
+    series: int
+    steps: Sequence[float] | np.ndarray
+    values: Sequence[float] | np.ndarray
+
+
+def curves(lines: Sequence[Line], *, ylabel: str, smooth: bool = True) -> Figure:
+    """Lines over steps, named at their right ends; behind a smoothed line its raw one, faint."""
     figure, axes = _axes(10.4, 4.1)
     ends, lows, highs = [], [], []
-    for index, (name, (steps, values)) in enumerate(series.items()):
-        colour = colour_of(index)
-        steps, values = np.asarray(steps, float), np.asarray(values, float)
+    for line in lines:
+        colour = colour_of(line.series)
+        steps, values = np.asarray(line.steps, float), np.asarray(line.values, float)
         if not len(steps):
             continue
         shown = smoothed(values) if smooth and len(values) > 30 else values
@@ -106,7 +116,8 @@ def curves(
         axes.plot(
             steps, shown, color=colour, linewidth=1.8, solid_capstyle="round", marker="o" if len(values) == 1 else None
         )
-        ends.append((name, colour, steps[-1], shown[-1]))
+        if line.name:
+            ends.append((line.name, colour, steps[-1], shown[-1]))
         good = shown[np.isfinite(shown)]
         if good.size:
             lows.append(good.min())
@@ -173,13 +184,13 @@ def bars(
     return figure
 
 
-def scatter(points: Mapping[str, tuple[float, float, float | None] | None], *, xlabel: str, ylabel: str) -> Figure:
-    """Quality against cost: (cost, quality, error of the quality) per run; None leaves a run out but keeps its colour.
+def scatter(points: Sequence[tuple[int, float, float, float | None]], *, xlabel: str, ylabel: str) -> Figure:
+    """Quality against cost: (series, cost, quality, error of the quality) per run.
 
     Costs that span more than a factor of three are on a logarithmic axis.
     """
     figure, axes = _axes(3.4, 2.9)
-    known = [(colour_of(index), *point) for index, point in enumerate(points.values()) if point is not None]
+    known: list[Any] = [(colour_of(series), *point) for series, *point in points]
     for colour, x, y, error in known:
         bar = None if error is None else [1.96 * error]
         axes.errorbar([x], [y], yerr=bar, color=colour, capsize=3, fmt="o", markersize=7, linewidth=1.4)
@@ -260,7 +271,7 @@ def colour_of(index: int) -> str:
     return SERIES[index % len(SERIES)]
 
 
-def smoothed(values: Float[np.ndarray, "n"], share: float = 0.012) -> Float[np.ndarray, "n"]:
+def smoothed(values: Float[np.ndarray, " n"], share: float = 0.012) -> Float[np.ndarray, " n"]:
     """Gaussian average around each point, its deviation a share of the length; centred, so that it does not lag."""
     n = len(values)
     radius = max(1, int(3 * share * n))

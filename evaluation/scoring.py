@@ -85,7 +85,7 @@ class Scorer:
 
     def __call__(
         self, windows: Sequence[Window], *, length: int, report: Callable[[int, int], None] | None = None
-    ) -> list[tuple[Float[np.ndarray, "n"], np.ndarray]]:
+    ) -> list[tuple[Float[np.ndarray, " n"], np.ndarray]]:
         """For each window, the log-probabilities [scored] of its scored targets and whether each is the likeliest id.
 
         Natural logarithms, float32. `report(done, total)` is told how many tokens are done.

@@ -14,14 +14,14 @@ CHUNK = 1000  # Bootstrap iterations per seed: chunk i is drawn from seed + i, s
 BLOCK = 4_000_000  # Largest number of resampled units held at once.
 
 
-def mean(values: Float[np.ndarray, "n"]) -> tuple[float, float | None]:
+def mean(values: Float[np.ndarray, " n"]) -> tuple[float, float | None]:
     """The mean and its standard error, sample deviation (n - 1) over sqrt(n)."""
     values = _units(values)
     error = None if len(values) < 2 else float(values.std(ddof=1) / np.sqrt(len(values)))
     return float(values.mean()), error
 
 
-def ratio(numerator: Float[np.ndarray, "n"], denominator: Float[np.ndarray, "n"]) -> tuple[float, float | None]:
+def ratio(numerator: Float[np.ndarray, " n"], denominator: Float[np.ndarray, " n"]) -> tuple[float, float | None]:
     """sum(numerator) / sum(denominator) and its standard error by the delta method.
 
     A unit (a document) brings both sums, so dependence inside a unit is accounted for: this is the clustered error of
@@ -42,10 +42,10 @@ def ratio(numerator: Float[np.ndarray, "n"], denominator: Float[np.ndarray, "n"]
 
 def bootstrap(
     statistic: Callable[..., np.ndarray],
-    *columns: Float[np.ndarray, "n"],
+    *columns: Float[np.ndarray, " n"],
     iterations: int,
     seed: int = 0,
-) -> float | Float[np.ndarray, "m"] | None:
+) -> float | Float[np.ndarray, " m"] | None:
     """Standard error of `statistic` under resampling of the n units with replacement.
 
     `statistic` gets each column resampled as [r, n] and gives [r], or [r, m] for m statistics at once. Iterations come
@@ -69,7 +69,7 @@ def bootstrap(
     return errors if errors.ndim else float(errors)
 
 
-def clustered(values: Float[np.ndarray, "n"], clusters: Sequence[Hashable]) -> float | None:
+def clustered(values: Float[np.ndarray, " n"], clusters: Sequence[Hashable]) -> float | None:
     """Standard error of the mean of `values` whose units come in clusters (questions of one image, rows of one file).
 
     SE^2 = s^2 / n + (1 / n^2) sum over clusters of sum_{i != j} (x_i - mean)(x_j - mean)  (Miller 2024, eq. 4).
@@ -103,7 +103,7 @@ def pooled(errors: Sequence[float], sizes: Sequence[int]) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """b - a over the units both were measured on."""
+    """How far b lies above a."""
 
     value: float
     stderr: float | None
@@ -112,7 +112,7 @@ class Difference:
 
 
 def paired(
-    a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"], weights: Float[np.ndarray, "n"] | None = None
+    a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"] | None = None
 ) -> Difference:
     """The difference b - a of two means over the same units; with `weights`, of two ratios with that denominator.
 
@@ -131,7 +131,21 @@ def paired(
     return Difference(value, error, n, p_value)
 
 
-def _units(values: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+def welch(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " m"]) -> Difference:
+    """mean(b) - mean(a) of units that are not paired (seeds), by Welch's test; n counts both."""
+    (mean_a, error_a), (mean_b, error_b) = mean(a), mean(b)
+    value, n = mean_b - mean_a, len(a) + len(b)
+    if error_a is None or error_b is None:
+        return Difference(value, None, n, None)
+    variances = error_a**2, error_b**2
+    error = float(np.sqrt(sum(variances)))
+    if error == 0.0:
+        return Difference(value, error, n, 1.0 if value == 0.0 else 0.0)
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / (len(a) - 1) + variances[1] ** 2 / (len(b) - 1))
+    return Difference(value, error, n, float(2 * special.stdtr(freedom, -abs(value) / error)))
+
+
+def _units(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"statistics need a non-empty list of numbers, got shape {array.shape}")

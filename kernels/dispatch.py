@@ -28,7 +28,11 @@ class Implementation:
 
 
 def choose(
-    op_name: str, requested: str | None, candidates: Mapping[str, Implementation], case: Any, platform: str | None = None
+    op_name: str,
+    requested: str | None,
+    candidates: Mapping[str, Implementation],
+    case: Any,
+    platform: str | None = None,
 ) -> Implementation:
     """The implementation of `op_name` for this case.
 
@@ -61,7 +65,7 @@ def choose(
 
 def _default_platform() -> str:
     """The platform work goes to: that of `jax_default_device` where it is set, else of the default backend."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else device.platform

@@ -20,7 +20,7 @@ class Tokens:
     of the order (it restarts in every packed document, it may be shared by the tokens of a video frame).
     """
 
-    index: Int[Array, "B T"]
+    index: Int[Array | np.ndarray, "B T"]
     segment: Int[Array, "B T"] | None = None  # Packed document; attention never crosses documents.
     start: Int[Array, "B T"] | None = None  # Index of the first token of the document; None means 0.
     position: Float[Array, "B T"] | None = None  # None means index.
@@ -37,7 +37,7 @@ class Tokens:
 
     def positions(self) -> Float[Array, "B T"]:
         """Rotary positions, float32."""
-        return (self.index if self.position is None else self.position).astype(jnp.float32)
+        return (self.index if self.position is None else self.position).astype(jnp.float32)  # type: ignore[return-value]
 
     def map(self, function: Any) -> "Tokens":
         """The same columns, each passed through `function`; absent columns stay absent."""

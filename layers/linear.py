@@ -1,5 +1,6 @@
 """Matrix products with a named initialisation and named axes."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -32,7 +33,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(setting.normal(rngs.params(), (inputs, outputs), std), axes=axes)
         self.bias = nnx.Param(jnp.zeros((outputs,), setting.param_dtype), axes=axes[1:]) if bias else None
 
-    def matrix(self, dtype: str) -> Float[Array, "I O"]:
+    def matrix(self, dtype: jax.typing.DTypeLike) -> Float[Array, "I O"]:
         """W in `dtype`, laid out for use on the active mesh."""
         return logical.gather(self.weight[...].astype(dtype), self.axes)
 

@@ -1,5 +1,7 @@
 """The channel mixers."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
@@ -24,7 +26,7 @@ class MLP(nnx.Module):
         if kind not in KINDS:
             raise ValueError(f"mlp kind {kind!r} is not one of {', '.join(KINDS)}")
         self.kind = kind
-        into = dict(axes=("embed", "mlp"), bias=bias, rngs=rngs)
+        into: dict[str, Any] = dict(axes=("embed", "mlp"), bias=bias, rngs=rngs)
         self.gate = Linear(setting, setting.width, width, **into) if kind == "swiglu" else None
         self.up = Linear(setting, setting.width, width, **into)
         self.down = Linear(

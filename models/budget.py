@@ -1,5 +1,6 @@
 """Fair comparisons: one field of a config set so that a budget comes out the same as elsewhere."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -12,14 +13,20 @@ BUDGETS = {
     "parameters": "parameters",
     "training_flops": "training_flops_per_token",
     "cache_bytes": "cache_bytes_per_token",
+    "run_flops": "training_flops_per_token",
 }
 
 
 def spent(config: ml_collections.ConfigDict, vocab_size: int, budget: str) -> float:
-    """What a run's config spends: parameters, training FLOPs per token, or cache bytes per token at its row length."""
+    """What a run's config spends: parameters, training FLOPs per token, cache bytes per token at its row length, or
+    training FLOPs of the whole run ("run_flops", which grows with train.steps).
+    """
     if budget not in BUDGETS:
         raise ConfigError(unknown("budget", budget, BUDGETS))
-    return getattr(account(config.model, vocab_size, length=config.data.length), BUDGETS[budget])
+    amount = getattr(account(config.model, vocab_size, length=config.data.length), BUDGETS[budget])
+    return (
+        amount * config.train.steps * config.data.batch_size * config.data.length if budget == "run_flops" else amount
+    )
 
 
 def match(
@@ -52,3 +59,39 @@ def match(
         low, high = (middle, high) if at(middle) < target else (low, middle)
     nearest = min((low, high), key=lambda steps: abs(at(steps) - target))
     return {field: nearest * multiple}
+
+
+def equal(
+    variants: Mapping[str, ml_collections.ConfigDict],
+    vocab_size: int,
+    *,
+    budget: str = "parameters",
+    target: float | None = None,
+    field: str | Mapping[str, str] = "model.mlp.width",
+    multiple: int = 1,
+    tolerance: float = 0.01,
+) -> dict[str, dict[str, Any]]:
+    """By variant, the override that brings its budget to `target` (None: what the first variant spends).
+
+    `field` may differ by variant, as caches have to be matched by `model.attention.kv_lora_rank` here and by
+    `model.attention.head_dim` there. Raises ConfigError, naming the variant and what it came to, where no whole
+    `multiple` comes within `tolerance` of the target.
+    """
+    if not variants:
+        raise ConfigError("there are no variants to make equal")
+    if target is None:
+        target = spent(next(iter(variants.values())), vocab_size, budget)
+    overrides = {}
+    for name, config in variants.items():
+        if abs(spent(config, vocab_size, budget) - target) <= tolerance * target:
+            overrides[name] = {}
+            continue
+        own = field if isinstance(field, str) else field[name]
+        overrides[name] = match(config, vocab_size, target, budget=budget, field=own, multiple=multiple)
+        reached = spent(fields.apply(config, overrides[name]), vocab_size, budget)
+        if abs(reached - target) > tolerance * target:
+            raise ConfigError(
+                f"variant {name}: {budget} come to {reached:,.0f} at {overrides[name]}, not within {tolerance:.0%} of "
+                f"{target:,.0f}: choose a finer field or a larger tolerance"
+            )
+    return overrides

@@ -215,7 +215,7 @@ def _stacked(setting: Setting, spec: Spec, key: jax.Array, layers: Int[Array, "R
     """Equal blocks with their arrays stacked; a layer's draw depends on its number, not on the grouping."""
     definition = None
 
-    def make(layer: Int[Array, ""]) -> nnx.State:
+    def make(layer: Any) -> nnx.State:
         nonlocal definition
         rngs = nnx.Rngs(params=jax.random.fold_in(key, layer))
         definition, state = nnx.split(Block(setting, spec, layer_index=layer, rngs=rngs))

@@ -55,7 +55,7 @@ def generate(
 def prefill(model: DecoderLM, ids: Int[Array, "B T"], lengths: Int[Array, "B"], caches: Caches) -> tuple[Array, Caches]:
     """Logits [B, V] after the last token of each right-padded prompt, and the caches that hold the prompts."""
     index = sequence(ids.shape[1]).index
-    tokens = Tokens(index=index, valid=index < lengths[:, None])
+    tokens = Tokens(index=index, valid=jnp.asarray(index) < lengths[:, None])
     hidden, caches, _ = model.backbone(model.embedding(ids), tokens, caches)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return model.unembed(last)[:, 0], caches

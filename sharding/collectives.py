@@ -74,7 +74,7 @@ def collectives(
     runs along. Raises `ValueError` for a text that is no compiled program, or groups of devices it cannot read.
     """
     if hasattr(program, "compiler_ir"):
-        found = _of_lowered(program)
+        found = _of_lowered(program)  # type: ignore[arg-type]
     else:
         found = _of_text(program if isinstance(program, str) else program.as_text())
     result: dict[str, list[Collective]] = {}

@@ -14,7 +14,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sharding import logical, presets
 from sharding.logical import Rule, ShardingError
 
-
 _INSIDE_VARIABLE = jax.tree_util.GetAttrKey("value")
 
 
@@ -144,7 +143,8 @@ class Layout:
         parts = self._context().parts("batch")
         blocks: dict[int, set[int]] = {}
         for device, (rows,) in self.batch_sharding().devices_indices_map((parts,)).items():
-            blocks.setdefault(device.process_index, set()).update(range(parts)[rows])
+            held = blocks.setdefault(device.process_index, set())  # type: ignore[attr-defined]
+            held.update(range(parts)[rows])
         return {process: tuple(sorted(held)) for process, held in blocks.items()}
 
     def _put(self, array: np.ndarray, count: int, mine: Sequence[int]) -> jax.Array:
@@ -197,7 +197,7 @@ def build(config: Any, devices: Sequence[jax.Device] | None = None) -> Layout:
 
 
 def name_of(path: tuple) -> str:
-    """A path in a tree as a dotted name, the same for attributes, keys and indices, and for a variable and its array."""
+    """A path in a tree as a dotted name, the same for attributes, keys and indices, for a variable and its array."""
     if path and path[-1] == _INSIDE_VARIABLE:
         path = path[:-1]
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

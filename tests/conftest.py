@@ -1,4 +1,4 @@
-"""The suite runs on eight CPU devices: sharding is tested everywhere, and one device costs the same beside seven others."""
+"""The suite runs on eight CPU devices; what uses one of them runs as fast as it would alone."""
 
 import os
 

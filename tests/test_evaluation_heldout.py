@@ -14,7 +14,7 @@ from evaluation.scoring import Scorer, Window, buckets, rolling_windows
 @settings(deadline=None, max_examples=300)
 @given(st.integers(0, 200), st.integers(1, 40), st.data())
 def test_every_token_is_scored_once_with_the_longest_context(count, length, data):
-    """Each target is right, scored once, and preceded by its true context, as much of it as the rule of windows gives."""
+    """Each target is right, scored once, and preceded by as much true context as the rule of windows gives."""
     context = data.draw(st.integers(1, length))
     tokens, prefix = list(range(1000, 1000 + count)), 7
     stream = [prefix, *tokens]

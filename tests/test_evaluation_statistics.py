@@ -146,3 +146,13 @@ def test_paired_ratio_is_the_difference_of_ratios():
 def test_paired_without_spread():
     assert statistics.paired(np.ones(3), np.ones(3)).p_value == 1.0
     assert statistics.paired(np.ones(3), 2 * np.ones(3)).p_value == 0.0
+
+
+def test_welch_is_the_unequal_variance_t_test():
+    generator = np.random.default_rng(8)
+    a, b = generator.normal(0, 1, 5), generator.normal(1, 3, 8)
+    found, expected = statistics.welch(a, b), stats.ttest_ind(b, a, equal_var=False)
+    assert found.value == pytest.approx(b.mean() - a.mean())
+    assert found.value / found.stderr == pytest.approx(expected.statistic)
+    assert found.p_value == pytest.approx(expected.pvalue)
+    assert statistics.welch(a, b[:1]).p_value is None

@@ -116,7 +116,9 @@ LEAVES = st.one_of(
     st.just(masks.prefix()),
     st.just(masks.predicate(lambda q, k: q.frame >= k.frame, ("q.frame", "k.frame"), by_block=True)),
     st.just(masks.predicate(lambda q, k: q.frame != k.frame, ("q.frame", "k.frame"), by_block=True)),
-    st.just(masks.predicate(lambda q, k: (q.modality == 1) & (k.modality == 0), ("q.modality", "k.modality"), by_block=True)),
+    st.just(
+        masks.predicate(lambda q, k: (q.modality == 1) & (k.modality == 0), ("q.modality", "k.modality"), by_block=True)
+    ),
     st.integers(-3, 3).map(
         lambda n: masks.predicate(lambda q, k: n * q.index + 2 <= k.index // 2 - 1, by_block=True)
     ),

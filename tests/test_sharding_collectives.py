@@ -14,10 +14,13 @@ MESH = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 RING = [(i, (i + 1) % 4) for i in range(4)]
 
 
-def programs(body, *shape, spec=P("data", "model"), out=P("data", "model"), dtype=jnp.float32):
+SPEC = P("data", "model")
+
+
+def programs(body, *shape, dtype=jnp.float32):
     """The compiled and the lowered form of `body` run by shard_map on an array of that global shape."""
-    mapped = jax.shard_map(body, mesh=MESH, in_specs=spec, out_specs=out, check_vma=False)
-    x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(MESH, spec))
+    mapped = jax.shard_map(body, mesh=MESH, in_specs=SPEC, out_specs=SPEC, check_vma=False)
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(MESH, SPEC))
     lowered = jax.jit(mapped).lower(x)
     return {"compiled": lowered.compile(), "lowered": lowered}
 
@@ -38,9 +41,9 @@ def listed(program):
         (lambda x: jax.lax.all_gather(x, "data", tiled=True), ("all-gather", (32, 4), 512, 1, ("data",))),
         (lambda x: jax.lax.psum_scatter(x, "data", tiled=True), ("reduce-scatter", (2, 4), 32, 1, ("data",))),
         (lambda x: jax.lax.ppermute(x, "data", RING), ("collective-permute", (8, 4), 128, 1, ("data",))),
-        (lambda x: jax.lax.all_gather(x, ("data", "model"), tiled=True), ("all-gather", (64, 4), 1024, 1, ("data", "model"))),
+        (lambda x: jax.lax.pmin(x, ("data", "model")), ("all-reduce", (8, 4), 128, 1, ("data", "model"))),
     ],
-)  # fmt: skip
+)
 def test_each_collective(operation, expected, form):
     assert listed(programs(operation, 32, 8)[form]) == {expected}
 
@@ -132,6 +135,9 @@ def test_text_that_is_no_program():
         collectives("all-reduce(x)")
 
 
+FUSED = [("all-reduce", (8, 128), 2048, ("model",))]
+
+
 def hlo(line: str) -> str:
     return f"""HloModule m, entry_computation_layout={{()->f32[]}}, num_partitions=8
 
@@ -152,7 +158,7 @@ ENTRY %main.1 (x: bf16[8,128]) -> f32[] {{
     [
         # Forms of the GPU and TPU compilers: asynchronous pairs, tiled layouts, fusions, groups as a sequence.
         (
-            "%g = (f32[2,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}",
+            "%g = (f32[2,8]{1,0}, f32[8,8]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[4,2]T(1,0)",
             [("all-gather", (8, 8), 256, ("data",))],
         ),
         ("%d = f32[8,8]{1,0} all-gather-done(%g)", []),
@@ -160,23 +166,29 @@ ENTRY %main.1 (x: bf16[8,128]) -> f32[] {{
             "%p = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}",
             [("collective-permute", (4,), 16, ("model",))],
         ),
-        ("%f = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%x), kind=kCustom, calls=%fused", [("all-reduce", (8, 128), 2048, ("model",))]),
-        ("%a = ((bf16[8,128]), bf16[8,128]) async-start(%x), calls=%fused", [("all-reduce", (8, 128), 2048, ("model",))]),
+        ("%f = bf16[8,128]{1,0:T(8,128)} fusion(%x), kind=kCustom, calls=%fused", FUSED),
+        ("%a = ((bf16[8,128]), bf16[8,128]) async-start(%x), calls=%fused", FUSED),
         ("%b = bf16[8,128] async-done(%a), calls=%fused", []),
-        ("%r = s4[6]{0} reduce-scatter(%x), replica_groups={}, to_apply=%add", [("reduce-scatter", (6,), 3, ("data", "model"))]),
-        ("%r = pred[6]{0} all-reduce(%x), replica_groups=mesh['data'=4,'model'=2] {'model'}", [("all-reduce", (6,), 6, ("model",))]),
+        (
+            "%r = s4[6]{0} reduce-scatter(%x), replica_groups={}, to_apply=%add",
+            [("reduce-scatter", (6,), 3, ("data", "model"))],
+        ),
+        (
+            "%r = pred[6]{0} all-reduce(%x), replica_groups=mesh['data'=4,'model'=2] {'model'}",
+            [("all-reduce", (6,), 6, ("model",))],
+        ),
         (
             "%r = f32[6]{0} all-reduce(%x), replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}",
             [("all-reduce", (6,), 24, ("model",))],
         ),
         (
-            "%r = f32[6]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, to_apply=%add",
+            "%r = f32[6]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}",
             [("all-reduce", (6,), 24, ("data",))],
         ),
-        ("%r = f8e4m3fn[6]{0} all-reduce(%x), replica_groups={{0,3},{1,2}}, to_apply=%add", [("all-reduce", (6,), 6, None)]),
-        ("%r = f32[] add(%x, %x), metadata={op_name=\"all-reduce(\"}", []),
+        ("%r = f8e4m3fn[6]{0} all-reduce(%x), replica_groups={{0,3},{1,2}}", [("all-reduce", (6,), 6, None)]),
+        ('%r = f32[] add(%x, %x), metadata={op_name="all-reduce("}', []),
     ],
-)  # fmt: skip
+)
 def test_text_of_other_compilers(line, expected):
     found = collectives(hlo(line), MESH)
     assert [(c.name, c.shape, c.bytes, c.axes) for entries in found.values() for c in entries] == expected

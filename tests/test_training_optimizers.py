@@ -48,7 +48,7 @@ def expected_rate(kind, step):
 @pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "constant"])
 def test_schedules_are_their_closed_forms(kind):
     rate = optimizers.schedule(options(schedule=kind), STEPS)
-    found = jax.vmap(rate)(jnp.arange(STEPS))
+    found = jax.jit(jax.vmap(rate))(jnp.arange(STEPS))
     np.testing.assert_allclose(found, [expected_rate(kind, step) for step in range(STEPS)], rtol=2e-6)
     assert found[0] > 0 and np.isclose(found[WARM - 1], PEAK)
     if kind != "constant":
@@ -83,9 +83,10 @@ def updated(config, gradients_of_steps, params):
     transformation = optimizers.build(config, optimizers.schedule(config, STEPS), AXES)
     now = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
     own = transformation.init(now)
+    update = jax.jit(transformation.update)
     for gradients in gradients_of_steps:
         gradients = {name: jnp.asarray(value, jnp.float32) for name, value in gradients.items()}
-        updates, own = transformation.update(gradients, own, now)
+        updates, own = update(gradients, own, now)
         now = {name: now[name] + updates[name] for name in now}
     return now
 

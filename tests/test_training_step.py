@@ -1,6 +1,7 @@
 """The step against numbers worked out independently: NumPy in float64, closed forms, finite differences."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ def built(structure=None, loss=None, **changed):
     optimizer = optimizers.build(config, rate, structure.axes)
     rule = gradient_rules.get(config.gradient_rule)(config)
     layout = sharding.build(base.get_config().sharding)
-    now = state.create(structure, optimizer, jax.random.key(0), average=config.ema_decay > 0)
+    create = functools.partial(state.create, structure, optimizer, average=config.ema_decay > 0)
+    now = jax.jit(create)(jax.random.key(0))
     return now, jax.jit(step.build(structure, loss or objective(), rule, optimizer, rate, config, layout))
 
 
@@ -70,7 +72,8 @@ def test_objective_equals_numpy_and_its_gradient_finite_differences(z_loss, smoo
     logits[..., 5:] = np.finfo(np.float32).min  # Rows of the table without a token.
     targets, weight = rng.integers(0, 5, (2, 3)), rng.random((2, 3)).astype(np.float32)
     function = lambda x: next_token.summed(x, targets, weight, z_loss, smoothing, 5)[0]  # noqa: E731
-    value, gradient = jax.value_and_grad(function)(jnp.asarray(logits))
+    value, gradient = jax.jit(jax.value_and_grad(function))(logits)
+    gradient = np.asarray(gradient)
     np.testing.assert_allclose(value, reference(logits, targets, weight, z_loss, smoothing, 5), rtol=2e-6)
     small = 1e-6
     for index in np.ndindex(2, 3, 5):
@@ -84,11 +87,11 @@ def test_objective_equals_numpy_and_its_gradient_finite_differences(z_loss, smoo
 
 def test_loss_is_the_weighted_mean_and_adds_the_models_own_losses():
     structure, batch = standin.structure(auxiliary=0.5), standin.batch()
-    model = structure.merge(*structure.init(jax.random.key(1)))
-    output = model(batch["inputs"])
+    params, rest = jax.jit(structure.init)(jax.random.key(1))
+    output = jax.jit(lambda: structure.merge(params, rest)(batch["inputs"]))()
     plain = reference(np.asarray(output.logits), batch["targets"], batch["weight"], 0, 0, standin.VOCABULARY)
     plain /= batch["weight"].sum()
-    loss, metrics = objective()(model, batch, None)
+    loss, metrics = jax.jit(lambda: objective()(structure.merge(params, rest), batch, None))()
     np.testing.assert_allclose(metrics["cross_entropy"], plain, rtol=1e-6)
     np.testing.assert_allclose(loss, plain + float(output.aux["loss/balance"]), rtol=1e-6)
     assert float(metrics["loss/balance"]) > 0 and "tap/0" not in metrics  # Only scalars are metrics.
@@ -97,8 +100,8 @@ def test_loss_is_the_weighted_mean_and_adds_the_models_own_losses():
 def test_a_batch_of_padding_has_no_loss_and_no_gradient():
     structure, batch = standin.structure(), standin.batch()
     batch["weight"][:] = 0
-    function = step.differentiated(structure, objective())
-    params, rest = structure.init(jax.random.key(1))
+    function = jax.jit(step.differentiated(structure, objective()))
+    params, rest = jax.jit(structure.init)(jax.random.key(1))
     (loss, _), gradients = function(params, rest, batch, jax.random.key(0))
     assert loss == 0 and all(np.all(g == 0) for g in gradients.values())
 
@@ -256,10 +259,15 @@ def test_optimizer_state_follows_optax_over_several_steps():
     config = ml_collections.ConfigDict(options(name="adamw", weight_decay=0.1, clip_norm=1.0))
     optimizer = optimizers.build(config, optimizers.schedule(config, 100), structure.axes)
     params, own = now.params, optimizer.init(now.params)
-    for _ in range(3):
+
+    @jax.jit
+    def by_hand(params, own):
         _, gradients = step.differentiated(structure, objective())(params, now.rest, batch, now.rng)
         updates, own = optimizer.update(gradients, own, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), own
+
+    for _ in range(3):
+        params, own = by_hand(params, own)
         now, _ = one(now, batch)
     for name in params:
         np.testing.assert_allclose(now.params[name], params[name], rtol=1e-5, atol=1e-7)

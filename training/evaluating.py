@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import ml_collections
-from flax import nnx
 
 from sharding import Layout
 from training import state
@@ -60,7 +59,7 @@ def evaluate(
 
 
 def samples(
-    config: ml_collections.ConfigDict, model: nnx.Module, tokenizer: Any, layout: Layout | None
+    config: ml_collections.ConfigDict, model: Any, tokenizer: Any, layout: Layout | None
 ) -> list[dict[str, Any]]:
     """One drawn continuation for each of `config.eval.sample_prompts`."""
     prompts = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in config.eval.sample_prompts]

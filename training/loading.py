@@ -55,7 +55,7 @@ def weights(
     params, rest = structure.abstract()
     ema = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in params.items()} if average else {}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shapes = State(_scalar(jnp.int32), _scalar(bool), params, rest, None, ema, key)
+    shapes: Any = State(_scalar(jnp.int32), _scalar(bool), params, rest, None, ema, key)  # type: ignore[arg-type]
     places = layout.like(shapes, structure.abstract_params)
     abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
     return checkpoints.read(found, abstract).state

@@ -24,7 +24,7 @@ def join(coordinator: str, process_id: int, num_processes: int) -> None:
             "several processes need all of --coordinator=host:port, --num_processes=N and --process_id=0..N-1, got "
             f"--coordinator={coordinator!r} --num_processes={num_processes} --process_id={process_id}"
         )
-    if jax.config.jax_platforms == "cpu":
+    if jax.config.jax_platforms == "cpu":  # type: ignore[attr-defined]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)

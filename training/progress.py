@@ -46,7 +46,8 @@ class Bar:
 
     def __init__(self, name: str, total: int, *, quiet: bool = False) -> None:
         self._console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
-        self._total, self._start, self._began = total, 0, time.monotonic()
+        self._total = total
+        self._first: tuple[int, float] | None = None  # Step and time of the first reading: before it, all is compiling.
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -66,8 +67,7 @@ class Bar:
         self._progress.stop()
 
     def begin(self, start: int) -> None:
-        """Training starts after `start` steps; remaining time counts from here."""
-        self._start, self._began = start, time.monotonic()
+        """Training starts after `start` steps."""
         self._progress.reset(self._task, total=self._total, completed=start, shown="compiling")
 
     def step(self, step: int) -> None:
@@ -79,8 +79,10 @@ class Bar:
         shown = f"loss {loss:.4f}" + (f", {rate:,.0f} tokens/s" if rate else "")
         self._progress.update(self._task, completed=step, shown=shown)
         if not self._console.is_terminal:
-            left = (time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step)
-            self._console.print(f"step {step}/{self._total}: {shown}, {duration(left)} left")
+            self._first = self._first or (step, time.monotonic())
+            steps, seconds = step - self._first[0], time.monotonic() - self._first[1]
+            left = f", {duration(seconds / steps * (self._total - step))} left" if steps else ""
+            self._console.print(f"step {step}/{self._total}: {shown}{left}")
 
     def say(self, text: str) -> None:
         """A line of its own."""

@@ -12,7 +12,7 @@ import ml_collections
 
 from configs import fields
 from configs.errors import ConfigError, UserError
-from training import manifest
+from training import manifest, processes
 
 # A resumed run may change these: what is seen and kept of it, and how long it goes on. Nothing of them is in a step.
 FREE = ("train.steps", "train.compilation_cache", "log.", "eval.", "checkpoint.", "run_dir", "data.workers",
@@ -91,13 +91,13 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Makes the folder that of a run which has just reached `step`: later lines go, also half a last line."""
-        if not self.primary:
-            return
-        (self.path / "finished.json").unlink(missing_ok=True)
-        for name in LINES:
-            rewind(self.path / name, step)
-        if step == 0:
-            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        if self.primary:
+            (self.path / "finished.json").unlink(missing_ok=True)
+            for name in LINES:
+                rewind(self.path / name, step)
+            if step == 0:
+                shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        processes.meet("run folder")  # What the others read of it from here on must be what is left.
 
     def _take_lock(self) -> None:
         # flock and not the mere file: it goes with the process, however that ends, so it is never left behind.
@@ -119,7 +119,7 @@ class RunFolder:
     def _check_config(self) -> None:
         file = self.path / "config.json"
         # Without a checkpoint there is nothing to continue, and the run starts anew with whatever config it now has.
-        if not file.is_file() or not self.checkpoints.is_dir() or not any(self.checkpoints.iterdir()):
+        if not file.is_file() or not any(self.checkpoints.glob(f"*/{manifest.NAME}")):
             return
         changed = changes(read_config(self.path), self.config)
         if changed:

@@ -1,6 +1,7 @@
 """Several runs in turn: those of a sweep file, the finished ones skipped, and one report that compares them."""
 
 import pathlib
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -63,14 +64,17 @@ def run(
             print(f"failed: {failed[-1]}")
             continue
         if result.stopped:
-            return 0
+            return 130 if result.stopped == signal.SIGINT else 0
         done.append(result.run_dir)
         jax.clear_caches()  # The programs of one point are of no use to the next, and a long sweep would keep them all.
     if done and processes.first():
-        from evaluation import report
+        from rich.console import Console
+
+        from evaluation import comparison, report
 
         page = done[0].parent / "report.html"
-        report.write(done, page)
+        report.write(done, page, command=f"python train.py --sweep={file}")
+        Console(soft_wrap=True).print(comparison.table(done))
         print(f"report: {page}")
     if failed:
         raise UserError(f"{len(failed)} of {len(configs)} runs failed; first {failed[0]}")

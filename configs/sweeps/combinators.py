@@ -59,17 +59,20 @@ def overlay(sweep: Sequence[Point], fields: Mapping[str, Any]) -> Sweep:
 
 
 def label(point: Point, sweep: Sequence[Point] | None = None) -> str:
-    """A short name for a point, from the last parts of the fields that differ within `sweep`; fit for a folder.
+    """A short name for a point, fit for a folder: its `name`, or else the fields that differ within `sweep`.
 
-    `label({"seed": 1, "model.width": 64})` is `seed=1,width=64`. A field called `name` is the label.
+    `label({"seed": 1, "model.width": 64})` is `seed=1,width=64`. Points of one `name` are told apart by the fields in
+    which they differ: `gqa,seed=1`.
     """
-    if "name" in point:
-        return _plain(point["name"])
-    varying = {field for other in sweep for field in other if other.get(field) != point.get(field)} if sweep else set()
-    fields = [field for field in point if field in varying] or list(point)
+    named, others = point.get("name"), list(sweep or ())
+    if named is not None:
+        others = [other for other in others if other.get("name") == named]
+    varying = {field for other in others for field in {**other, **point} if other.get(field) != point.get(field)}
+    fields = [field for field in point if field in varying] or ([] if named is not None else list(point))
     last = [field.rsplit(".", 1)[-1] for field in fields]
     shown = [short if last.count(short) == 1 else field for short, field in zip(last, fields, strict=True)]
-    return ",".join(f"{name}={_plain(point[field])}" for name, field in zip(shown, fields, strict=True)) or "default"
+    parts = [f"{name}={_plain(point[field])}" for name, field in zip(shown, fields, strict=True)]
+    return ",".join([_plain(named), *parts] if named is not None else parts) or "default"
 
 
 def labels(sweep: Sequence[Point]) -> list[str]:

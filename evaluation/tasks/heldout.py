@@ -79,7 +79,7 @@ def _metrics(context: EvalContext, rows: list[dict], nll: np.ndarray, hits: np.n
     tokens = np.array([row["tokens"] for row in rows], np.float64)
     sizes = np.array([row["bytes"] for row in rows], np.float64)
 
-    transforms = {  # Metric: (sums, units, value of the rate, its derivative there, higher is better).
+    transforms: dict[str, Any] = {  # Metric: (sums, units, value of the rate, its derivative there, higher is better).
         "bits_per_byte": (nll, sizes, lambda rate: rate / np.log(2), lambda rate: 1 / np.log(2), False),
         "byte_perplexity": (nll, sizes, np.exp, np.exp, False),
         "token_perplexity": (nll, tokens, np.exp, np.exp, False),

@@ -4,6 +4,8 @@ Source: Arora et al., "Zoology", arXiv:2312.04927. The trained weights of the ru
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 import math
 
 import jax
@@ -44,11 +46,12 @@ def run(context: EvalContext) -> TaskResult:
         if score > best_score:
             best, best_score = (graph, state, rate), score
     graph, state, rate = best
-    rows, metrics = [], {}
+    rows: list[dict[str, Any]] = []
+    metrics = {}
     for number, task in enumerate(slices):
-        correct = _test(graph, state, task, params, (context.seed, _TEST, number))
+        right = _test(graph, state, task, params, (context.seed, _TEST, number))
         name = f"n{task.input_seq_len}_k{task.num_kv_pairs}"
-        metrics[f"accuracy_{name}"] = Metric(*statistics.mean(correct))
+        metrics[f"accuracy_{name}"] = Metric(*statistics.mean(right))
         rows += [
             {
                 "doc_id": len(rows) + i,
@@ -58,7 +61,7 @@ def run(context: EvalContext) -> TaskResult:
                 "learning_rate": float(rate),
                 "accuracy_when_chosen": history,
             }
-            for i, value in enumerate(correct)
+            for i, value in enumerate(right)
         ]
     values = [row["accuracy"] for row in rows]
     metrics = {"accuracy": Metric(*statistics.mean(np.array(values)))} | metrics
@@ -74,7 +77,9 @@ def run(context: EvalContext) -> TaskResult:
     )
 
 
-def model_config(config: ml_collections.ConfigDict, params: dict, length: int) -> ml_collections.ConfigDict:
+def model_config(
+    config: ml_collections.ConfigDict, params: Mapping[str, Any], length: int
+) -> ml_collections.ConfigDict:
     """`config.model` shrunk to the probe: its attention with `heads` of width / heads, and everything else small."""
     whole = ml_collections.ConfigDict(config.copy_and_resolve_references())
     if params["width"] % params["heads"]:
@@ -124,28 +129,12 @@ def _train(
     params, steps = context.params, context.params["steps"]
     model = models.build(config, vocab_size=params["vocab_size"], rngs=nnx.Rngs(context.seed))
     graph, state = nnx.split(model)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 10), steps, 0.05 * rate)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
-
-    def loss(state: nnx.State, batch: dict[str, Array]) -> Float[Array, ""]:
-        logits = nnx.merge(graph, state)(batch["inputs"]).logits
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        return jnp.sum(nll * batch["weight"]) / jnp.sum(batch["weight"])
-
-    @jax.jit
-    def step(
-        state: nnx.State, slots: optax.OptState, batch: dict[str, Array]
-    ) -> tuple[nnx.State, optax.OptState, Array]:
-        value, gradients = jax.value_and_grad(loss)(state, batch)
-        updates, slots = optimizer.update(gradients, slots, state)
-        return optax.apply_updates(state, updates), slots, value
-
-    slots, value = optimizer.init(state), jnp.zeros(())
+    slots, value = _optimizer(steps).init(state), jnp.zeros(())
     for number in range(steps):
         task = slices[number % len(slices)]
         batch = procedural.batch(task, params["batch_size"], (context.seed, _TRAIN, number))
         columns = {name: batch[name] for name in ("inputs", "targets", "weight")}
-        state, slots, value = step(state, slots, columns)
+        state, slots, value = _step(graph, steps, rate, state, slots, columns)
         if number % 20 == 0:
             context.report(f"mqar, learning rate {rate:g}", number, steps)
     if not np.isfinite(float(value)):
@@ -153,9 +142,31 @@ def _train(
     return graph, state
 
 
+def _optimizer(steps: int) -> optax.GradientTransformation:
+    """AdamW with warm-up and cosine decay around a peak of 1; steps are scaled by the learning rate afterwards."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), max(2, steps), 0.05)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(
+    graph: nnx.GraphDef, steps: int, rate: float, state: nnx.State, slots: optax.OptState, batch: dict[str, Array]
+) -> tuple[nnx.State, optax.OptState, Float[Array, ""]]:
+    """One update; the rate is an argument, so that one program serves all learning rates."""
+
+    def loss(state: nnx.State) -> Float[Array, ""]:
+        logits = nnx.merge(graph, state)(batch["inputs"]).logits
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return jnp.sum(nll * batch["weight"]) / jnp.sum(batch["weight"])
+
+    value, gradients = jax.value_and_grad(loss)(state)
+    updates, slots = _optimizer(steps).update(gradients, slots, state)
+    return optax.apply_updates(state, jax.tree.map(lambda update: rate * update, updates)), slots, value
+
+
 def _test(
-    graph: nnx.GraphDef, state: nnx.State, task: MQAR, params: dict, seed: tuple[int, ...]
-) -> Float[np.ndarray, "examples"]:
+    graph: nnx.GraphDef, state: nnx.State, task: MQAR, params: Mapping[str, Any], seed: tuple[int, ...]
+) -> Float[np.ndarray, " examples"]:
     """The share of right answers in each of `test_examples` examples."""
     inputs, labels = procedural.generate(task, params["test_examples"], seed)
     asked = labels != procedural.IGNORED

@@ -23,6 +23,11 @@ def run(context: EvalContext) -> TaskResult:
     lengths = [int(length) for length in params["lengths"] if length]
     if not lengths:
         shortest = buffer + len(tokenizer.encode(f" {needle}  Question: {question} Answer:")) + 24
+        if shortest > context.longest:
+            raise EvaluationError(
+                f"task needle takes at least {shortest} tokens, this model {context.longest}: give a shorter needle.needle, "
+                "needle.question and needle.answer"
+            )
         lengths = [int(length) for length in retrieval.even(shortest, context.longest, params["points"])]
     if max(lengths) > context.longest or min(lengths) < 1:
         raise EvaluationError(
@@ -32,7 +37,7 @@ def run(context: EvalContext) -> TaskResult:
         samples = procedural.grid(
             tokenizer,
             lengths=lengths,
-            depths=params["depths"] or retrieval.even(0, 100, params["points"]),
+            depths=params["depths"],
             needle=needle,
             question=question,
             answer=expected,
@@ -81,9 +86,9 @@ TASKS = (
         output_type="generate_until",
         description="a sentence hidden at each depth of contexts of each length (heat map)",
         defaults={
-            "points": 5,  # Lengths up to the model's, and depths, where these are not given.
-            "lengths": (0,),
-            "depths": (),
+            "lengths": (0,),  # 0: `points` lengths up to the model's.
+            "points": 5,
+            "depths": (0.0, 25.0, 50.0, 75.0, 100.0),
             "max_new_tokens": 60,
             "needle": procedural.CLASSIC_NEEDLE,
             "question": procedural.CLASSIC_QUESTION,

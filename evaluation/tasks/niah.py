@@ -48,13 +48,12 @@ def ruler(name: str, context: EvalContext) -> TaskResult:
 def passkey(context: EvalContext) -> TaskResult:
     """Five digits hidden at each depth of repeated noise; `match` is the share of keys named exactly."""
     params, samples = context.params, []
-    depths = params["depths"] or tuple(retrieval.even(0, 100, params["points"]))
     for length in _lengths("passkey", context):
         try:
             made = procedural.passkey(
                 context.tokenizer,
                 length=length,
-                depths=[depth for depth in depths for _ in range(params["samples"])],
+                depths=[depth for depth in params["depths"] for _ in range(params["samples"])],
                 seed=params["seed"],
                 new_tokens=params["max_new_tokens"],
             )
@@ -111,6 +110,12 @@ TASKS = (
         passkey,
         output_type="generate_until",
         description="five digits hidden in repeated noise (heat map)",
-        defaults={"lengths": (0,), "depths": (), "points": 5, "samples": 4, "max_new_tokens": 8, "seed": 42},
+        defaults={
+            "lengths": (0,),
+            "depths": (0.0, 25.0, 50.0, 75.0, 100.0),
+            "samples": 4,
+            "max_new_tokens": 8,
+            "seed": 42,
+        },
     ),
 )

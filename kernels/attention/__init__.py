@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -128,11 +127,15 @@ def probabilities(
     )[0]
 
 
+def _fits(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return len(shape) <= 4 and all(n in (1, full) for n, full in zip(shape[::-1], whole[::-1], strict=False))
+
+
 def _chosen(name: str, which: Any, count: int) -> Array | None:
     """Numbers from 0 for a slice or a list of numbers; None for all."""
     if isinstance(which, slice):
         return None if which == slice(None) else jnp.arange(count)[which]
-    if not isinstance(which, jax.Array):
+    if not isinstance(which, jnp.ndarray):
         which = np.atleast_1d(which)
         if ((which < -count) | (which >= count)).any():
             raise ValueError(f"attention probabilities: {name} {which.tolist()} reach beyond the {count} there are")
@@ -140,7 +143,7 @@ def _chosen(name: str, which: Any, count: int) -> Array | None:
 
 
 def _tokens(q: Array, k: Array, q_tokens: Tokens | None, k_tokens: Tokens | None) -> tuple[Tokens, Tokens]:
-    """The given tokens, or plain sequences aligned at their ends; NumPy, so that their blocks are known when tracing."""
+    """The given tokens, or plain sequences aligned at their ends; NumPy, so that their blocks are known in tracing."""
     if q_tokens is not None and k_tokens is not None:
         return q_tokens, k_tokens
     length, keys = q.shape[1], k.shape[1]
@@ -165,7 +168,7 @@ def _check(q: Array, k: Array, v: Array, sinks: Any, bias: Any, q_tokens: Any, k
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ValueError(f"attention: sinks must hold one logit per query head {q.shape[2:3]}, not {sinks.shape}")
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    if bias is not None and jax.eval_shape(lambda b: b + jnp.zeros(shape), bias).shape != shape:
+    if bias is not None and not _fits(bias.shape, shape):
         raise ValueError(f"attention: bias {bias.shape} does not broadcast to {shape}")
     if (q_tokens is None) != (k_tokens is None):
         raise ValueError("attention: give q_tokens and k_tokens both, or neither")

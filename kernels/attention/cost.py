@@ -1,7 +1,7 @@
 """What attention costs: floating point operations and bytes as functions of shapes and mask, and of nothing measured.
 
-With P live (query, key) pairs of a head: forward 2 P (D + Dv); the useful backward 2 P (3 D + 2 Dv): scores, dP, dQ, dK,
-dV. Exponentials and other elementwise work are not counted.
+With P live (query, key) pairs of a head: forward 2 P (D + Dv); the useful backward 2 P (3 D + 2 Dv): scores, dP, dQ,
+dK, dV. Exponentials and other elementwise work are not counted.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def executed(mask: Mask, q: Tokens, k: Tokens, block_q: int, block_k: int) -> fl
 def flops(q: Sequence[int], v: Sequence[int], live: float, *, backward: bool = False) -> float:
     """Useful operations of the forward (a multiply-add is two), or with `backward` of the gradients alone.
 
-    `q` is [B, T, H, D], `v` [B, S, Hk, Dv], `live` the pairs per head and batch row as `pairs` (or `executed`) counts them.
+    `q` is [B, T, H, D], `v` [B, S, Hk, Dv], `live` the pairs per head and batch row, from `pairs` or `executed`.
     """
     batch, _, heads, width = q
     return float(batch * heads * live * 2 * (3 * width + 2 * v[3] if backward else width + v[3]))

@@ -125,7 +125,7 @@ class Mask:
     def classify(self, q: Tokens, k: Tokens, block_q: int, block_k: int) -> Int8[Array, "B|1 H|1 nq nk"]:
         """EMPTY, PARTIAL or FULL for every block, without looking at pairs; NumPy in, NumPy out.
 
-        Conservative: a block called EMPTY holds no allowed pair, one called FULL no forbidden one; PARTIAL may be either.
+        Conservative: a block called EMPTY holds no allowed pair, one called FULL no forbidden one; PARTIAL may be any.
         """
         return self.classify_columns(*self.prepare(q, k), block_q, block_k, q.index.shape[-1], k.index.shape[-1])
 
@@ -161,7 +161,7 @@ class Mask:
         return self.part if isinstance(self, Not) else Not(self)
 
     def __repr__(self) -> str:
-        values = ", ".join(repr(getattr(self, field.name)) for field in dataclasses.fields(self))
+        values = ", ".join(repr(getattr(self, field.name)) for field in dataclasses.fields(self))  # type: ignore[arg-type]
         return f"{getattr(self, 'name', type(self).__name__.lower())}({values})"
 
 
@@ -358,7 +358,7 @@ def _tokens(tokens: Tokens | int) -> Tokens:
     return tokens if isinstance(tokens, Tokens) else Tokens(index=np.arange(tokens, dtype=np.int32)[None])
 
 
-def _flat(kind: type, *masks: Mask) -> tuple[Mask, ...]:
+def _flat(kind: Any, *masks: Any) -> tuple[Mask, ...]:
     return tuple(term for mask in masks for term in (mask.terms if isinstance(mask, kind) else (mask,)))
 
 

@@ -8,7 +8,7 @@ from kernels.tokens import Tokens
 
 
 def draw(mask: Any, tokens: Tokens, *, block: int = 0, head: int = 0) -> Any:
-    """A matplotlib figure: dark where row t may attend to column s; with `block`, outlines of skipped and full blocks."""
+    """A matplotlib figure: dark where row t may attend to column s; `block` outlines skipped and full blocks."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 

@@ -31,10 +31,9 @@ class Lists(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What the loops look up: the live blocks of query and key blocks, the mask's arrays, and the columns it reads."""
+    """What the loops look up: the blocks to visit, the mask's arrays, and the columns it reads."""
 
-    rows: Lists
-    keys: Lists
+    lists: Lists
     mask_arrays: tuple[Array, ...]
     q: dict[str, Array]
     k: dict[str, Array]
@@ -70,7 +69,6 @@ class Plan:
     def k_blocks(self) -> int:
         return -(-self.keys // self.block_k)
 
-
     def pad_rows(self, x: Array, value: float = 0.0) -> Array:
         """[B, T, ...] to whole query blocks."""
         return _pad(x, self.q_blocks * self.block_q, value)
@@ -78,10 +76,6 @@ class Plan:
     def pad_keys(self, x: Array) -> Array:
         """[B, S, ...] to whole key blocks."""
         return _pad(x, self.k_blocks * self.block_k, 0.0)
-
-    def take(self, x: Array, b: Array, first: Array, count: int) -> Array:
-        """Some heads of one batch row: [B, T, H, D] to [T, count, D]."""
-        return lax.dynamic_slice(x, (b, 0, first, 0), (1, x.shape[1], count, x.shape[3]))[0]
 
     def split_rows(self, x: Array) -> Array:
         """[n bq, heads, D] to blocks [n, kv heads, rows, D]."""
@@ -137,32 +131,71 @@ class Plan:
         """Columns of query block i and key block j, [kv heads|1, ratio|1, block]."""
         per = self.heads * self.ratio
 
-        def cut(column: Array, block: Array, size: int) -> Array:
+        def piece(column: Array, block: Array, size: int) -> Array:
             shared = column.shape[1] == 1
             at = (b if column.shape[0] > 1 else 0, 0 if shared else g * per, block * size)
-            column = lax.dynamic_slice(column, at, (1, 1 if shared else per, size))
+            column = cut(column, at, (1, 1 if shared else per, size))
             return column.reshape(*((1, 1) if shared else (self.heads, self.ratio)), size)
 
-        q = {name: cut(column, i, self.block_q) for name, column in tables.q.items()}
-        return q, {name: cut(column, j, self.block_k) for name, column in tables.k.items()}
+        q = {name: piece(column, i, self.block_q) for name, column in tables.q.items()}
+        return q, {name: piece(column, j, self.block_k) for name, column in tables.k.items()}
 
 
-def choose_blocks(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> Blocks:
-    """Block sizes for these shapes, as measured (docs/notes-attention.md)."""
+def cut(x: Array, at: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
+    """`dynamic_slice` at whole numbers of any kind."""
+    return lax.dynamic_slice(x, tuple(jnp.asarray(n, jnp.int32) for n in at), shape)
+
+
+def put(x: Array, part: Array, at: tuple[Any, ...]) -> Array:
+    """`dynamic_update_slice` at whole numbers of any kind."""
+    return lax.dynamic_update_slice(x, part, tuple(jnp.asarray(n, jnp.int32) for n in at))
+
+
+def choose_blocks(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[Blocks, Blocks]:
+    """Block sizes of forward and backward for these shapes, as measured (docs/notes-attention.md)."""
     ratio = q[2] // k[2]
-    heads = next(n for n in range(min(4, k[2]), 0, -1) if k[2] % n == 0)
-    return Blocks(_even(q[1], max(512 // ratio, 64)), _even(k[1], 512), heads)
+    forward, backward = (max(n for n in range(1, most + 1) if k[2] % n == 0) for most in (8, 4))
+    return (
+        Blocks(_even(q[1], max(256 // ratio, 32)), _even(k[1], 256), min(forward, k[2])),
+        Blocks(_even(q[1], max(512 // ratio, 64)), _even(k[1], 512), min(backward, k[2])),
+    )
 
 
 def make(
-    mask: Mask, q_tokens: Tokens, k_tokens: Tokens, q: tuple[int, ...], k: tuple[int, ...], scale: float,
-    soft_cap: float, blocks: Blocks,
-) -> tuple[Plan, Tables]:  # fmt: skip
-    """The plan and its tables; the tables are NumPy, and the plan knows more, where all columns are."""
+    mask: Mask,
+    q_tokens: Tokens,
+    k_tokens: Tokens,
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    scale: float,
+    soft_cap: float,
+    blocks: tuple[Blocks, Blocks],
+) -> tuple[tuple[Plan, Plan], tuple[Tables, Tables]]:
+    """Plan and tables of the forward (visited by query blocks) and of the backward (by key blocks).
+
+    Where all columns are NumPy, so are the tables, and the plans know which kinds of blocks there are.
+    """
+    columns = mask.prepare(q_tokens, k_tokens)
+    made = [
+        _make(mask, columns, q, k, scale, soft_cap, size, by_keys)
+        for size, by_keys in zip(blocks, (False, True), strict=True)
+    ]
+    return tuple(zip(*made, strict=True))  # type: ignore[return-value]
+
+
+def _make(
+    mask: Mask,
+    columns: Any,
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    scale: float,
+    soft_cap: float,
+    blocks: Blocks,
+    by_keys: bool,
+) -> tuple[Plan, Tables]:
     block_q, block_k = min(blocks.q, q[1]), min(blocks.k, k[1])
     ratio, groups = q[2] // k[2], k[2] // blocks.heads
-    q_columns, k_columns = mask.prepare(q_tokens, k_tokens)
-    status = mask.classify_columns(q_columns, k_columns, block_q, block_k, q[1], k[1])
+    status = mask.classify_columns(*columns, block_q, block_k, q[1], k[1])
     if k[1] % block_k:  # The last key block has places that hold no key.
         last = np.arange(status.shape[3]) == status.shape[3] - 1
         status = status - ((status == FULL) & last).astype(status.dtype)
@@ -173,16 +206,25 @@ def make(
     known = isinstance(status, np.ndarray)
     arrays, tree = jax.tree.flatten(mask)
     plan = Plan(
-        scale=scale, soft_cap=soft_cap, length=q[1], keys=k[1], block_q=block_q, block_k=block_k, heads=blocks.heads,
-        groups=groups, ratio=ratio, partial=not known or bool((status != FULL).any()),
-        whole=not known or bool((status == FULL).any()), mask=tree,
-    )  # fmt: skip
-    tables = Tables(
-        rows=_lists(status), keys=_lists(status.swapaxes(2, 3)), mask_arrays=tuple(arrays),
-        q={name: _pad_edge(column, plan.q_blocks * block_q) for name, column in q_columns.items()},
-        k={name: _pad_edge(column, plan.k_blocks * block_k) for name, column in k_columns.items()},
-    )  # fmt: skip
-    return plan, tables
+        scale=scale,
+        soft_cap=soft_cap,
+        length=q[1],
+        keys=k[1],
+        block_q=block_q,
+        block_k=block_k,
+        heads=blocks.heads,
+        groups=groups,
+        ratio=ratio,
+        partial=not known or bool((status != FULL).any()),
+        whole=not known or bool((status == FULL).any()),
+        mask=tree,
+    )
+    return plan, Tables(
+        lists=_lists(status.swapaxes(2, 3) if by_keys else status),
+        mask_arrays=tuple(arrays),
+        q={name: _pad_edge(column, plan.q_blocks * block_q) for name, column in columns[0].items()},
+        k={name: _pad_edge(column, plan.k_blocks * block_k) for name, column in columns[1].items()},
+    )
 
 
 def _lists(status: Array) -> Lists:
@@ -201,9 +243,8 @@ def _even(length: int, largest: int) -> int:
 def _at(table: Array, b: Array, g: Array, i: Array) -> Array:
     """table[b, g, i], where an axis of size 1 stands for all."""
     table = jnp.asarray(table)
-    at = (b if table.shape[0] > 1 else 0, g if table.shape[1] > 1 else 0, i)
-    at += (0,) * (table.ndim - 3)
-    return lax.dynamic_slice(table, at, (1, 1, 1, *table.shape[3:])).reshape(table.shape[3:])
+    at = (b if table.shape[0] > 1 else 0, g if table.shape[1] > 1 else 0, i, *(0,) * (table.ndim - 3))
+    return cut(table, at, (1, 1, 1, *table.shape[3:])).reshape(table.shape[3:])
 
 
 def _pad(x: Array, length: int, value: float) -> Array:

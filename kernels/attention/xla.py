@@ -9,7 +9,6 @@ A non-finite key or value makes the whole key NaN and is zeroed where it would b
 it reaches all who may see it, and no one else. The backward finds such rows by their NaN lse.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -21,11 +20,8 @@ from jaxtyping import Array, Float
 
 from kernels.attention import plan, reference
 from kernels.attention.masks import Mask
-from kernels.attention.plan import Plan
+from kernels.attention.plan import Plan, Tables, cut, put
 from kernels.tokens import Tokens
-
-
-FEW_ROWS = 8  # Up to so many queries the plain form is the frugal one.
 
 
 def supports(case: Any) -> str | None:
@@ -38,81 +34,113 @@ def supports(case: Any) -> str | None:
 
 
 def attention(
-    q: Float[Array, "B T H D"], k: Float[Array, "B S Hk D"], v: Float[Array, "B S Hk Dv"], *, mask: Mask,
-    q_tokens: Tokens, k_tokens: Tokens, scale: Any, soft_cap: float, sinks: Array | None, bias: None = None,
-    score_mod: None = None, blocks: plan.Blocks | None = None,
-) -> tuple[Array, Array]:  # fmt: skip
-    """As `kernels.attention.attention`; `blocks` overrides the block sizes."""
-    if not isinstance(scale, (int, float)):
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S Hk D"],
+    v: Float[Array, "B S Hk Dv"],
+    *,
+    mask: Mask,
+    q_tokens: Tokens,
+    k_tokens: Tokens,
+    scale: Any,
+    soft_cap: float,
+    sinks: Array | None,
+    bias: None = None,
+    score_mod: None = None,
+    blocks: tuple[plan.Blocks, plan.Blocks] | None = None,
+) -> tuple[Array, Array]:
+    """As `kernels.attention.attention`; `blocks` overrides the block sizes of forward and backward."""
+    if not (isinstance(scale, (int, float)) and scale > 0):  # The kernel divides by its scale.
         q, scale = (q * scale).astype(q.dtype), 1.0
     if 0 in (*q.shape, *k.shape, *v.shape):
         return reference.attention(
-            q, k, v, mask=mask, q_tokens=q_tokens, k_tokens=k_tokens, scale=scale, soft_cap=soft_cap, sinks=sinks,
-            bias=None, score_mod=None,
-        )  # fmt: skip
-    blocks = blocks or plan.choose_blocks(q.shape, k.shape, v.shape)
-    the_plan, tables = plan.make(mask, q_tokens, k_tokens, q.shape, k.shape, float(scale), float(soft_cap), blocks)
-    return _attention(the_plan, q, k, v, sinks, tables)
+            q,
+            k,
+            v,
+            mask=mask,
+            q_tokens=q_tokens,
+            k_tokens=k_tokens,
+            scale=scale,
+            soft_cap=soft_cap,
+            sinks=sinks,
+            bias=bias,
+            score_mod=score_mod,
+        )
+    plans, tables = plan.make(
+        mask,
+        q_tokens,
+        k_tokens,
+        q.shape,
+        k.shape,
+        float(scale),
+        float(soft_cap),
+        blocks or plan.choose_blocks(q.shape, k.shape, v.shape),
+    )
+    q, k, v, sinks = _alike((q, k, v, sinks), q, k, v, sinks)
+    return _attention(plans, q, k, v, sinks, tables)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(plan: Plan, q: Array, k: Array, v: Array, sinks: Array | None, tables: Any) -> tuple[Array, Array]:
-    return _forward(plan, q, k, v, sinks, tables)[0]
+def _attention(
+    plans: tuple[Plan, Plan], q: Array, k: Array, v: Array, sinks: Array | None, tables: tuple[Tables, Tables]
+) -> tuple[Array, Array]:
+    return _forward(plans, q, k, v, sinks, tables)[0]
 
 
-def _forward(plan: Plan, q: Array, k: Array, v: Array, sinks: Array | None, tables: Any) -> tuple[Any, Any]:
+def _forward(
+    plans: tuple[Plan, Plan], q: Array, k: Array, v: Array, sinks: Array | None, both_tables: tuple[Tables, Tables]
+) -> tuple[Any, Any]:
+    plan, tables = plans[0], both_tables[0]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    batch, length, heads, _ = q.shape
+    batch, length, heads, width = q.shape
     value_width = v.shape[3]
     q_padded, k_padded, v_padded = plan.pad_rows(q), plan.pad_keys(k), plan.pad_keys(v)
-    per, rows, size = plan.heads, plan.rows, plan.block_q
+    per, rows, size, row_heads = plan.heads, plan.rows, plan.block_q, plan.heads * plan.ratio
+    # Without a soft cap the scores stay unscaled up to the exponential, which saves a pass over them.
+    late = 1.0 if plan.soft_cap else plan.scale
 
     def one_group(n: Array, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
         b, g = n // plan.groups, n % plan.groups
-        keys, values = (plan.take(x, b, g * per, per) for x in (k_padded, v_padded))  # [S, per, D]
+        keys, values = (cut(x, (b, 0, g * per, 0), (1, x.shape[1], per, x.shape[3]))[0] for x in (k_padded, v_padded))
         if plan.partial:
-            spoilt = ~(jnp.isfinite(keys).all(-1) & jnp.isfinite(values).all(-1))
-            keys = jnp.where(spoilt[..., None], jnp.nan, keys)
+            keys = jnp.where(jnp.isfinite(keys) & _finite_at(values, width), keys, jnp.nan)
             values = jnp.where(jnp.isfinite(values), values, 0)
         keys, values = (plan.split_keys(x) for x in (keys, values))  # [nk, per, block_k, D]
         sink = None
         if sinks is not None:
-            sink = lax.dynamic_slice_in_dim(sinks.astype(dtype), g * per * plan.ratio, per * plan.ratio)
+            sink = cut(sinks.astype(dtype) / late, (g * row_heads,), (row_heads,))
             sink = jnp.repeat(sink.reshape(per, plan.ratio), size, axis=1)
 
         def one_block(i: Array, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
-            queries = lax.dynamic_slice(
-                q_padded, (b, i * size, g * per * plan.ratio, 0), (1, size, per * plan.ratio, q.shape[3])
-            )
-            queries = plan.split_rows(queries[0])[0]  # [per, rows, D]
+            at = (b, i * size, g * row_heads)
+            queries = plan.split_rows(cut(q_padded, (*at, 0), (1, size, row_heads, width))[0])[0]  # [per, rows, D]
 
             def step(j: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
                 top, total, sum_ = carry
-                s = _cap(plan, _dot(queries, _pick(keys, j), 2, 2, dtype) * plan.scale)
+                s = _dot(queries, _pick(keys, j), 2, 2, dtype)
+                s = _capped(plan, s) if plan.soft_cap else s
                 if masked:
                     s = plan.where(tables, b, g, i, j, s, -jnp.inf)
                 new = jnp.maximum(top, s.max(-1))
                 safe = jnp.where(new == -jnp.inf, 0, new)
-                p = jnp.exp(s - safe[..., None])
-                shrink = jnp.exp(top - safe)
+                p = jnp.exp(late * (s - safe[..., None]))
+                shrink = jnp.exp(late * (top - safe))
                 total = total * shrink + p.sum(-1)
                 sum_ = sum_ * shrink[..., None] + _dot(p.astype(v.dtype), _pick(values, j), 2, 1, dtype)
                 return new, total, sum_
 
             carry = (
                 jnp.full((per, rows), -jnp.inf, dtype) if sink is None else sink,
-                jnp.zeros((per, rows), dtype) if sink is None else jnp.where(sink == -jnp.inf, 0, 1).astype(dtype),
+                jnp.zeros((per, rows), dtype) if sink is None else (sink > -jnp.inf).astype(dtype),
                 jnp.zeros((per, rows, value_width), dtype),
             )
-            top, total, sum_ = plan.visit(tables.rows, b, g, i, step, carry)
+            top, total, sum_ = plan.visit(tables.lists, b, g, i, step, _alike(carry, q))
             empty = total == 0
             total = jnp.where(empty, 1, total)
             out = (sum_ / total[..., None]).astype(q.dtype)
-            lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-            at = (b, i * size, g * per * plan.ratio)
+            lse = jnp.where(empty, -jnp.inf, late * top + jnp.log(total))
             return (
-                lax.dynamic_update_slice(outputs[0], plan.join_rows(out[None])[None], (*at, 0)),
-                lax.dynamic_update_slice(outputs[1], plan.join_rows(lse[None, ..., None])[None, ..., 0], at),
+                put(outputs[0], plan.join_rows(out[None])[None], (*at, 0)),
+                put(outputs[1], plan.join_rows(lse[None, ..., None])[None, ..., 0], at),
             )
 
         return _loop(plan.q_blocks, one_block, outputs)
@@ -121,17 +149,16 @@ def _forward(plan: Plan, q: Array, k: Array, v: Array, sinks: Array | None, tabl
         jnp.zeros((batch, plan.q_blocks * size, heads, value_width), q.dtype),
         jnp.zeros((batch, plan.q_blocks * size, heads), dtype),
     )
-    out, lse = _loop(batch * plan.groups, one_group, outputs)
+    out, lse = _loop(batch * plan.groups, one_group, _alike(outputs, q))
     out, lse = out[:, :length], lse[:, :length]
-    return (out, lse), (q, k, v, sinks, tables, out, lse)
+    return (out, lse), (q, k, v, sinks, both_tables, out, lse)
 
 
-def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    q, k, v, sinks, tables, out, lse = saved
+def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
+    q, k, v, sinks, (_, tables), out, lse = saved
     d_out, d_lse = cotangents
-    dtype = lse.dtype
+    plan, dtype = plans[1], lse.dtype
     batch, length, heads, width = q.shape
-    keys_number, value_width = v.shape[1], v.shape[3]
     # What a row's probabilities lose to their normalisation; the gradient of lse enters with the opposite sign.
     delta = jnp.einsum("bthe,bthe->bth", d_out, out, preferred_element_type=dtype) - d_lse
     d_sinks = None
@@ -144,33 +171,34 @@ def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[
     delta = jnp.where(fine, delta, 0)
     q_padded, o_padded, k_padded, v_padded = plan.pad_rows(q), plan.pad_rows(d_out), plan.pad_keys(k), plan.pad_keys(v)
     lse, delta = plan.pad_rows(lse[..., None], jnp.inf), plan.pad_rows(delta[..., None])
-    per, rows, size = plan.heads, plan.rows, plan.block_k
+    per, rows, size, row_heads = plan.heads, plan.rows, plan.block_k, plan.heads * plan.ratio
 
     def clean(x: Array) -> Array:
         return jnp.where(jnp.isfinite(x), x, 0) if plan.partial else x
 
     def one_group(n: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
         b, g = n // plan.groups, n % plan.groups
-        row_heads = (g * per * plan.ratio, per * plan.ratio)
         queries, d_outs, lses, deltas = (
-            plan.split_rows(plan.take(x, b, *row_heads)) for x in (q_padded, o_padded, lse, delta)
+            plan.split_rows(cut(x, (b, 0, g * row_heads, 0), (1, x.shape[1], row_heads, x.shape[3]))[0])
+            for x in (q_padded, o_padded, lse, delta)
         )  # [nq, per, rows, D]
         queries, d_outs = clean(queries), clean(d_outs)
+        lses, deltas = lses[:, :, None, :, 0], deltas[:, :, None, :, 0]  # [nq, per, 1, rows]
 
         def one_block(j: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
             d_queries, d_k, d_v = outputs
+            at = (b, j * size, g * per, 0)
             keys, values = (
-                clean(jnp.swapaxes(lax.dynamic_slice(x, (b, j * size, g * per, 0), (1, size, per, x.shape[3]))[0], 0, 1))
-                for x in (k_padded, v_padded)
+                clean(plan.split_keys(cut(x, at, (1, size, per, x.shape[3]))[0])[0]) for x in (k_padded, v_padded)
             )  # [per, block_k, D]
             keys_transposed = jnp.swapaxes(keys, 1, 2)
 
             def step(i: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
                 d_queries, d_keys, d_values = carry
                 query, d_out = _pick(queries, i), _pick(d_outs, i)
-                s = _cap(plan, _dot(keys, query, 2, 2, dtype) * plan.scale)  # [per, block_k, rows]
-                p = jnp.exp(s - _pick(lses, i)[:, None, :, 0])
-                ds = p * (_dot(values, d_out, 2, 2, dtype) - _pick(deltas, i)[:, None, :, 0])
+                s = _capped(plan, _dot(keys, query, 2, 2, dtype))  # [per, block_k, rows]
+                p = jnp.exp(s - _pick(lses, i))
+                ds = p * (_dot(values, d_out, 2, 2, dtype) - _pick(deltas, i))
                 if plan.soft_cap:
                     ds *= 1 - (s / plan.soft_cap) ** 2
                 if masked:
@@ -181,42 +209,60 @@ def _backward(plan: Plan, saved: Any, cotangents: tuple[Array, Array]) -> tuple[
                 d_query = _pick(d_queries, i) + _dot(keys_transposed, ds, 2, 1, dtype)
                 return lax.dynamic_update_index_in_dim(d_queries, d_query, i, 0), d_keys, d_values
 
-            zeros = (jnp.zeros((per, size, x.shape[3]), dtype) for x in (k, v))
-            d_queries, d_keys, d_values = plan.visit(tables.keys, b, g, j, step, (d_queries, *zeros))
-            at = (b, j * size, g * per, 0)
+            zeros = _alike(tuple(jnp.zeros((per, size, x.shape[3]), dtype) for x in (k, v)), q)
+            d_queries, d_keys, d_values = plan.visit(tables.lists, b, g, j, step, (d_queries, *zeros))
             d_keys = jnp.swapaxes(d_keys * plan.scale, 0, 1)[None].astype(k.dtype)
             d_values = jnp.swapaxes(d_values, 0, 1)[None].astype(v.dtype)
-            return (
-                d_queries,
-                lax.dynamic_update_slice(d_k, d_keys, at),
-                lax.dynamic_update_slice(d_v, d_values, at),
-            )
+            return d_queries, put(d_k, d_keys, at), put(d_v, d_values, at)
 
         d_q, d_k, d_v = outputs
-        d_queries = jnp.zeros((plan.q_blocks, per, width, rows), dtype)  # Transposed, as the dots above give it.
+        d_queries = _alike(jnp.zeros((plan.q_blocks, per, width, rows), dtype), q)  # Transposed, as the dots give it.
         d_queries, d_k, d_v = _loop(plan.k_blocks, one_block, (d_queries, d_k, d_v))
         d_queries = plan.join_rows(jnp.swapaxes(d_queries * plan.scale, 2, 3)).astype(q.dtype)
-        return lax.dynamic_update_slice(d_q, d_queries[None], (b, 0, row_heads[0], 0)), d_k, d_v
+        return put(d_q, d_queries[None], (b, 0, g * row_heads, 0)), d_k, d_v
 
     outputs = (
         jnp.zeros((batch, plan.q_blocks * plan.block_q, heads, width), q.dtype),
-        jnp.zeros((batch, plan.k_blocks * size, k.shape[2], width), k.dtype),
-        jnp.zeros((batch, plan.k_blocks * size, v.shape[2], value_width), v.dtype),
+        jnp.zeros((batch, plan.k_blocks * size, *k.shape[2:]), k.dtype),
+        jnp.zeros((batch, plan.k_blocks * size, *v.shape[2:]), v.dtype),
     )
-    d_q, d_k, d_v = _loop(batch * plan.groups, one_group, outputs)
-    return d_q[:, :length], d_k[:, :keys_number], d_v[:, :keys_number], d_sinks, None
+    d_q, d_k, d_v = _loop(batch * plan.groups, one_group, _alike(outputs, q))
+    return d_q[:, :length], d_k[:, : k.shape[1]], d_v[:, : v.shape[1]], d_sinks, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _cap(plan: Plan, s: Array) -> Array:
+def _capped(plan: Plan, s: Array) -> Array:
+    """Scores as they enter the softmax."""
+    s = s * plan.scale
     return plan.soft_cap * jnp.tanh(s / plan.soft_cap) if plan.soft_cap else s
+
+
+def _finite_at(values: Array, width: int) -> Array:
+    """[.., width]: some place of a row is False where its value row holds inf or NaN. No reduction, so that it fuses."""
+    finite = jnp.isfinite(values)
+    missing = -finite.shape[-1] % width
+    finite = (
+        jnp.pad(finite, ((0, 0),) * (finite.ndim - 1) + ((0, missing),), constant_values=True) if missing else finite
+    )
+    return functools.reduce(jnp.logical_and, jnp.split(finite, finite.shape[-1] // width, axis=-1))
 
 
 def _dot(a: Array, b: Array, contract_a: int, contract_b: int, dtype: Any) -> Array:
     """Batched over axis 0, accumulated in `dtype`."""
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0,), (0,))), preferred_element_type=dtype)
+
+
+def _alike(tree: Any, *sources: Array | None) -> Any:
+    """The tree, marked as varying over the `shard_map` axes of the sources: what loops carry must not change kind."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in sources if x is not None))
+
+    def vary(x: Array) -> Array:
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(vary, tree)
 
 
 def _pick(x: Array, i: Array) -> Array:
@@ -225,4 +271,4 @@ def _pick(x: Array, i: Array) -> Array:
 
 def _loop(count: int, body: Any, carry: Any) -> Any:
     """`fori_loop`, but no loop at all for a single turn."""
-    return body(np.int32(0), carry) if count == 1 else lax.fori_loop(0, count, body, carry)
+    return body(np.int32(0), carry) if count == 1 else lax.fori_loop(np.int32(0), np.int32(count), body, carry)

@@ -131,7 +131,8 @@ def _walk(step, chunk, decay, moments, state, buffers, reverse=False):
 
     carry = (state, tuple(_bits(x) for x in buffers))
     carry = last(carry) if reverse else carry
-    carry = body(0, carry) if whole == 1 else lax.fori_loop(0, whole, body, carry)
+    if whole:
+        carry = body(0, carry) if whole == 1 else lax.fori_loop(0, whole, body, carry)
     state, buffers = carry if reverse else last(carry)
     return state, tuple(lax.bitcast_convert_type(x, narrow) for x in buffers)
 

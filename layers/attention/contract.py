@@ -1,7 +1,7 @@
 """The contract that every attention variant fulfils, and the registry that finds variants by name."""
 
 import abc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -45,11 +45,12 @@ class Attention(nnx.Module, abc.ABC):
         self,
         x: Float[Array, "B T D"],
         tokens: Tokens,
-        cache: LayerCache | None = None,
+        cache: Any = None,
         hooks: Hooks | None = None,
         layer: int = 0,
     ) -> AttentionOutput:
-        """Mixes x; `tokens` has the metadata of its T tokens, `cache` what came before them.
+        """Mixes x; `tokens` has the metadata of its T tokens, `cache` (made by this layer's `init_cache`) what came
+        before them.
 
         `layer` is this layer's number, for hooks.
         """
@@ -63,7 +64,7 @@ class Attention(nnx.Module, abc.ABC):
         """Number of parameters by formula; tested against the arrays."""
 
     @abc.abstractmethod
-    def flops(self, length: int) -> int:
+    def flops(self, length: int) -> float:
         """Floating-point operations (2 per multiply-add) of matrix products in one forward pass over a row."""
 
     @abc.abstractmethod

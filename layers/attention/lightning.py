@@ -1,5 +1,7 @@
 """Lightning attention: causal linear attention with a fixed exponential decay per head."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +11,7 @@ from kernels.lightning import cost, lightning_attention
 from kernels.lightning.decay import decay_rates
 from kernels.tokens import Tokens
 from layers.attention.contract import Attention, AttentionOutput, Setting, register
-from layers.cache import LayerCache, StateCache
+from layers.cache import StateCache
 from layers.hooks import Hooks, LayerHooks
 from layers.linear import Linear
 from layers.norm import rms_normalise, widened
@@ -50,7 +52,7 @@ class LightningAttention(Attention):
             raise ValueError(f"lightning activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
         self.setting, self.activation, self.norm_epsilon = setting, activation, norm_epsilon
         self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim or head_dim
-        into = dict(axes=("embed", "heads"), rngs=rngs)
+        into: dict[str, Any] = dict(axes=("embed", "heads"), rngs=rngs)
         self.query = Linear(setting, setting.width, heads * head_dim, **into)
         self.key = Linear(setting, setting.width, heads * head_dim, **into)
         self.value = Linear(setting, setting.width, heads * self.value_dim, **into)
@@ -73,7 +75,7 @@ class LightningAttention(Attention):
         self,
         x: Float[Array, "B T D"],
         tokens: Tokens,
-        cache: LayerCache | None = None,
+        cache: StateCache | None = None,
         hooks: Hooks | None = None,
         layer: int = 0,
     ) -> AttentionOutput:

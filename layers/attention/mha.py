@@ -1,5 +1,7 @@
 """Multi-head, grouped-query and multi-query attention, with windows, sink tokens and learned sinks."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -8,7 +10,7 @@ from kernels.attention import cost, masks
 from kernels.tokens import Tokens
 from layers.attention.contract import Attention, AttentionOutput, Setting, register, visible
 from layers.attention.softmax import attend
-from layers.cache import LayerCache, SlotCache
+from layers.cache import SlotCache
 from layers.hooks import Hooks, LayerHooks
 from layers.linear import Linear
 from layers.norm import Norm
@@ -49,7 +51,8 @@ class MultiHeadAttention(Attention):
         self.window, self.sink_tokens, self.soft_cap = window, sink_tokens, soft_cap
         self.scale = scale or head_dim**-0.5
         self.rope = rope
-        width, into = setting.width, dict(bias=qkv_bias, rngs=rngs)
+        width = setting.width
+        into: dict[str, Any] = dict(bias=qkv_bias, rngs=rngs)
         self.query = Linear(setting, width, heads * head_dim, axes=("embed", "heads"), **into)
         self.key = Linear(setting, width, kv_heads * head_dim, axes=("embed", ("kv_heads", kv_heads)), **into)
         self.value = Linear(setting, width, kv_heads * self.value_dim, axes=("embed", ("kv_heads", kv_heads)), **into)
@@ -79,7 +82,7 @@ class MultiHeadAttention(Attention):
         self,
         x: Float[Array, "B T D"],
         tokens: Tokens,
-        cache: LayerCache | None = None,
+        cache: SlotCache | None = None,
         hooks: Hooks | None = None,
         layer: int = 0,
     ) -> AttentionOutput:
@@ -129,7 +132,7 @@ class MultiHeadAttention(Attention):
             count += 2 * self.head_dim
         return count + (0 if self.sinks is None else self.heads)
 
-    def flops(self, length: int) -> int:
+    def flops(self, length: int) -> float:
         both = self.head_dim + self.value_dim
         projections = 2 * length * self.setting.width * (self.heads + self.kv_heads) * both
         return projections + 2 * cost.pairs(self.mask, length) * self.heads * both

@@ -8,7 +8,7 @@ from kernels.attention import cost, masks
 from kernels.tokens import Tokens
 from layers.attention.contract import Attention, AttentionOutput, Setting, register, visible
 from layers.attention.softmax import attend
-from layers.cache import LayerCache, SlotCache
+from layers.cache import SlotCache
 from layers.hooks import Hooks, LayerHooks
 from layers.linear import Linear
 from layers.norm import Norm
@@ -65,7 +65,7 @@ class MultiHeadLatentAttention(Attention):
         self,
         x: Float[Array, "B T D"],
         tokens: Tokens,
-        cache: LayerCache | None = None,
+        cache: SlotCache | None = None,
         hooks: Hooks | None = None,
         layer: int = 0,
     ) -> AttentionOutput:
@@ -129,7 +129,7 @@ class MultiHeadLatentAttention(Attention):
         down = width * (self.rank + self.rotary) + self.rank
         return query + down + self.heads * (self.rank * (self.nope + self.value) + self.value * width)
 
-    def flops(self, length: int) -> int:
+    def flops(self, length: int) -> float:
         norms = self.rank + self.q_rank
         projections = 2 * length * (self.parameter_count() - norms)
         scores = self.nope + self.rotary + self.value

@@ -1,5 +1,7 @@
 """The softmax core that variants share: the attention op on the active mesh, and its hooks."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -10,6 +12,7 @@ from sharding import logical
 
 _QUERY = ("batch", "length", "heads", None)
 _KEY = ("batch", None, "heads", None)
+_KV = ("batch", None, "kv_heads", None)
 _TOKENS = ("batch", "length")
 
 
@@ -32,7 +35,7 @@ def attend(
     Under tensor parallelism key/value heads are repeated until they split as the query heads do.
     Hooks on scores or probabilities form the whole map; a tap on probabilities forms the rows it asks for.
     """
-    shared = dict(mask=mask, q_tokens=tokens, k_tokens=keys, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    shared: dict[str, Any] = dict(mask=mask, q_tokens=tokens, k_tokens=keys, scale=scale, soft_cap=soft_cap, sinks=sinks)
     if hooks.edits("scores"):
         shared["score_mod"] = lambda scores, places: hooks.edit("scores", scores, places.k)
         implementation = "reference"
@@ -45,8 +48,8 @@ def attend(
         return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), values)
 
     repeats = logical.kv_repeat(q.shape[2], k.shape[2])
-    if repeats > 1:
-        k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    if repeats > 1:  # Whole before they are repeated, so that their gradients are whole, too.
+        k, v = (jnp.repeat(logical.constrain(x, _KV), repeats, axis=2) for x in (k, v))
     if logical.active() is None:  # Tokens stay outside the trace where they are constants.
         return attention(q, k, v, **shared, implementation=implementation)[0]
 
