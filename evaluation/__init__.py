@@ -70,10 +70,10 @@ def evaluate(
     process 0 should write them. Raises EvaluationError before any work for unknown tasks or parameters.
     """
     chosen = registry.match(tasks)
-    params = given_params = {task: dict(given) for task, given in (params or {}).items()}
-    picked = dict(picked or {})
+    params, picked = {task: dict(given) for task, given in (params or {}).items()}, dict(picked or {})
     if config is not None and any(task.name == "heldout" for task in chosen):
-        given_params.setdefault("heldout", {}).setdefault("max_tokens", config.eval.heldout_tokens)
+        bounded: Any = params.setdefault("heldout", {})  # type: ignore[attr-defined]
+        bounded.setdefault("max_tokens", config.eval.heldout_tokens)
     for kind, given in (("parameters", params), ("samples", picked)):
         stray = sorted(set(given) - {task.name for task in chosen})
         if stray:

@@ -170,12 +170,26 @@ def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
         shape = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
         chosen = match[3].replace("'", "").replace(" ", "").split(",")
         order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", match[2]) if match[2] else None
-        if all(axis in shape for axis in chosen) and (order or not match[2]):  # Parts of axes are not read.
-            return _along(chosen, shape, _sequence(*order.groups()) if order else None)
+        parts = _with_parts(shape, chosen)
+        if (order or not match[2]) and all(axis in parts for axis in chosen):
+            return _along(chosen, parts, _sequence(*order.groups()) if order else None)
     elif "replica_groups={}" in rest or "replica_groups=" not in rest:
         return (tuple(range(devices)),)
-    written = re.search(r"replica_groups=.{0,60}", rest)[0]
+    written = re.search(r"replica_groups=.{0,80}", rest)[0]
     raise ValueError(f"cannot read the groups of devices of a collective: {written}")
+
+
+def _with_parts(shape: dict[str, int], chosen: Sequence[str]) -> dict[str, int]:
+    """The mesh with a chosen part `axis:(before)size` of an axis as an axis of its own."""
+    result: dict[str, int] = {}
+    for axis, whole in shape.items():
+        parts = [re.fullmatch(rf"{axis}:\((\d+)\)(\d+)", name) for name in chosen if name.startswith(f"{axis}:")]
+        if not parts:
+            result[axis] = whole
+        elif len(parts) == 1 and parts[0]:
+            before, size = int(parts[0][1]), int(parts[0][2])
+            result |= {f"{axis}<": before, parts[0][0]: size, f"{axis}>": whole // (before * size)}
+    return result
 
 
 def _sequence(dims: str, order: str | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""An oracle of the attention op in float64 NumPy, written from the formulas alone, and the settings it is asked about."""
+"""An oracle of the attention op in float64 NumPy, written from the formulas alone, and the settings it is asked."""
 
 import dataclasses
 

@@ -16,7 +16,7 @@ from kernels.tokens import Tokens
 
 # Relative RMS against float64, per dtype: output and gradients; absolute for lse.
 TOLERANCE = {"float32": (2e-6, 5e-6, 1e-5), "bfloat16": (8e-3, 1.5e-2, 1e-2)}
-SMALL = plan.Blocks(16, 8, 2)
+SMALL = plan.Blocks(8, 8, 2, 2)
 
 
 @pytest.fixture(params=["reference", "xla", "xla_small_blocks"])
@@ -249,7 +249,12 @@ def test_blocks_beyond_the_mask_are_never_visited(traced) -> None:
         both = Tokens(index=index)
         plans, tables = plan.make(mask, both, both, shape, shape, 1.0, 0.0, 2 * (plan.Blocks(8, 8, 2),))
         count = lambda side, i: plans[side].visit(  # noqa: E731
-            tables[side].lists, 0, 0, i, lambda j, c, masked: c.at[j].add(1), jnp.zeros(8, jnp.int32)
+            tables[side].lists,
+            0,
+            0,
+            i,
+            lambda j, blocks, c, masked: c.at[j + jnp.arange(blocks)].add(1),
+            jnp.zeros(8, jnp.int32),
         )
         return [jnp.stack([count(side, i) for i in range(8)]) for side in (0, 1)]
 

@@ -10,7 +10,7 @@ import pytest
 import eval as program
 from configs.errors import UserError
 
-SMALL = "model.width=32,model.depth=1,model.max_length=64,model.mlp.width=32,data.length=32,data.max_files=40"
+SMALL = "model.width=32,model.depth=1,model.max_length=64,model.mlp.width=32,data.length=32,data.max_files=40,data.heldout_share=0.5"
 
 
 def options(*argv):
@@ -65,7 +65,7 @@ def test_tasks_are_listed(capsys):
         ([], "nothing to evaluate"),
         (["--model=gqa", "--task=heldout"], "did you mean --tasks"),
         (["--model=gqa", "--limits=3"], "did you mean --limit"),
-        (["--model=gpa"], "did you mean gqa or mqa"),
+        (["--model=gpa"], "did you mean gqa"),
         (["--model=gqa", "--tasks=heldot"], "did you mean heldout"),
         (["--model=gqa", "--limit=many"], "--limit"),
         (["--model=gqa", "--batch_size=0"], "rows or auto"),

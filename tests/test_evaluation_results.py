@@ -18,7 +18,9 @@ RESULT_KEYS = {  # The layout of lm-evaluation-harness.
 
 
 def made(found: list[TaskResult], **tasks: Task) -> Results:
-    known = {result.name: tasks.get(result.name, Task(result.name, lambda c: result, "probe", "")) for result in found}
+    known = {
+        name: tasks.get(name, Task(name, lambda c: None, "probe", "")) for name in (result.name for result in found)
+    }
     date = datetime.datetime(2026, 1, 2, 3, 4, 5, 678)
     return Results(
         "a/model: x", known, {result.name: result for result in found}, {"limit": 3}, {"jax": "1"}, 1.5, date

@@ -127,12 +127,17 @@ def test_inside_scan_remat_and_vmap(implementation, dtype):
             back = back @ np.asarray(layers[lane, i], np.float64).T
 
 
-def test_cpu_products_keep_bfloat16():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_cpu_products_keep_bfloat16(transposed):
     """No operand of a product is widened: XLA's CPU backend does most forms of bf16 dots in float32, at half speed."""
     x, w, _, dy = draw((4, 64, 32), 48, "bfloat16")
 
+    def tied(implementation, x, w, dy):
+        return pull(implementation, x, w.T if transposed else w, None, dy)
+
     def widened(implementation):
-        program = jax.jit(pull, static_argnums=0).lower(implementation, x, w, None, dy).compile().as_text()
+        stored = w.T if transposed else w
+        program = jax.jit(tied, static_argnums=0).lower(implementation, x, stored, dy).compile().as_text()
         dots = [line for line in program.splitlines() if " dot(" in line]
         assert len(dots) == 3
         lines = [line.strip().removeprefix("ROOT ") for line in program.splitlines() if " = " in line]

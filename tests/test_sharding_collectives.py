@@ -185,6 +185,14 @@ ENTRY %main.1 (x: bf16[8,128]) -> f32[] {{
             "%r = f32[6]{0} all-reduce(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}",
             [("all-reduce", (6,), 24, ("data",))],
         ),
+        (
+            "%r = f32[6]{0} all-reduce(%x), replica_groups=mesh['a'=1,'b'=8] {'b':(4)2}",
+            [("all-reduce", (6,), 24, ("model",))],
+        ),
+        (
+            "%r = f32[6]{0} all-reduce(%x), replica_groups=mesh['b'=8] {'b':(1)4}",
+            [("all-reduce", (6,), 24, ("data",))],
+        ),
         ("%r = f8e4m3fn[6]{0} all-reduce(%x), replica_groups={{0,3},{1,2}}", [("all-reduce", (6,), 6, None)]),
         ('%r = f32[] add(%x, %x), metadata={op_name="all-reduce("}', []),
     ],
@@ -194,7 +202,9 @@ def test_text_of_other_compilers(line, expected):
     assert [(c.name, c.shape, c.bytes, c.axes) for entries in found.values() for c in entries] == expected
 
 
-@pytest.mark.parametrize("groups", ["@somewhere", "mesh['a'=8] {'a':(1)2}", "mesh['a'=8], device_ids=(7,6,5) {'a'}"])
+@pytest.mark.parametrize(
+    "groups", ["@somewhere", "mesh['a'=8] {'a':(1)2,'a':(4)2}", "mesh['a'=8], device_ids=(7,6,5) {'a'}"]
+)
 def test_groups_in_an_unknown_form_are_refused(groups):
     with pytest.raises(ValueError, match="cannot read the groups"):
         collectives(hlo(f"%r = f32[6] all-reduce(%x), replica_groups={groups}, to_apply=%add"))

@@ -4,6 +4,7 @@ Source: the rolling log-likelihood of lm-evaluation-harness; bits per byte is co
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ def _metrics(context: EvalContext, rows: list[dict], nll: np.ndarray, hits: np.n
     for index, (name, (sums, units, transform, slope, higher)) in enumerate(transforms.items()):
         rate, error = statistics.ratio(sums, units)
         if error is not None:
-            error = float(error * slope(rate)) if drawn is None else float(drawn[index])
+            error = float(error * slope(rate)) if drawn is None else float(drawn[index])  # type: ignore[index]
         metrics[name] = Metric(float(transform(rate)), error, higher)
     return metrics
 

@@ -4,9 +4,10 @@ Source: Arora et al., "Zoology", arXiv:2312.04927. The trained weights of the ru
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
-import math
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,7 @@ def model_config(
     model.update(width=params["width"], depth=params["depth"], max_length=length, vocab_size=params["vocab_size"])
     model.update(per_layer=(), remat="none", param_dtype="float32", compute_dtype="float32")
     model.mlp.width = 2 * params["width"]
+    model.update(init_std=params["width"] ** -0.5, tie_embeddings=False)  # Recall is learned several times sooner so.
     model.attention = resize(model.attention, heads=params["heads"], head_dim=params["width"] // params["heads"])
     if "kv_heads" in model.attention:
         model.attention.kv_heads = math.gcd(model.attention.kv_heads, params["heads"])
@@ -214,10 +216,10 @@ TASKS = (
             "random_non_queries": True,
             "width": 64,
             "depth": 2,
-            "heads": 1,
-            "steps": 600,
-            "batch_size": 64,
-            "learning_rates": (3e-3,),
+            "heads": 2,
+            "steps": 900,
+            "batch_size": 32,
+            "learning_rates": (5e-3,),
             "test_examples": 256,
             "overrides": (),  # Fields of config.model, such as attention.window=16.
         },

@@ -25,8 +25,8 @@ def run(context: EvalContext) -> TaskResult:
         shortest = buffer + len(tokenizer.encode(f" {needle}  Question: {question} Answer:")) + 24
         if shortest > context.longest:
             raise EvaluationError(
-                f"task needle takes at least {shortest} tokens, this model {context.longest}: give a shorter needle.needle, "
-                "needle.question and needle.answer"
+                f"task needle takes at least {shortest} tokens, this model {context.longest}: give a shorter "
+                "needle.needle, needle.question and needle.answer"
             )
         lengths = [int(length) for length in retrieval.even(shortest, context.longest, params["points"])]
     if max(lengths) > context.longest or min(lengths) < 1:

@@ -6,7 +6,6 @@ dK, dV. Exponentials and other elementwise work are not counted.
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from kernels.attention.masks import EMPTY, And, Causal, Everything, Mask, SlidingWindow
@@ -28,13 +27,20 @@ def pairs(mask: Mask, length: int, keys: int | None = None, tokens: tuple[Tokens
             windows = [term.size for term in terms if isinstance(term, SlidingWindow)]
             return float(_banded(length, keys, min([*windows, keys])))
         tokens = _aligned(length, keys)
-    q, k = (jax.tree.map(np.asarray, tokens[side]) for side in (0, 1))
-    size, counted = 256, 0
-    status = np.asarray(mask.classify(q, k, size, size)).max((0, 1))
+    sides = mask.prepare(*tokens)
+    q, k = ({name: np.asarray(column) for name, column in side.items()} for side in sides)
+    size, counted = 256, 0.0
+    status = np.asarray(mask.classify_columns(q, k, size, size, length, keys)).max((0, 1))
     for i, j in np.argwhere(status != EMPTY):
-        rows, columns = (slice(n * size, (n + 1) * size) for n in (i, j))
-        allowed = np.asarray(mask.materialise(q, k, rows, columns))
-        counted += np.count_nonzero(allowed) / (allowed.shape[0] * allowed.shape[1])
+        rows, columns = slice(i * size, min((i + 1) * size, length)), slice(j * size, min((j + 1) * size, keys))
+        allowed = np.asarray(
+            mask.pairs(
+                {name: column[..., rows, None] for name, column in q.items()},
+                {name: column[..., None, columns] for name, column in k.items()},
+            )
+        )
+        shape = (*allowed.shape[:-2], rows.stop - rows.start, columns.stop - columns.start)
+        counted += np.broadcast_to(allowed, shape).sum() / max(np.prod(shape[:-2]), 1)
     return float(counted)
 
 

@@ -9,25 +9,34 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from kernels.attention.masks import EMPTY, FULL, PARTIAL, Mask
+from kernels.attention.masks import EMPTY, FULL, Mask
 from kernels.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Sizes of one step: tokens of a query block, tokens of a key block, key/value heads taken together."""
+    """Sizes of one step: tokens of a query block and of a key block, and key/value heads taken together.
+
+    `merge` wholly live neighbours on the side of the inner loop are one step: fine blocks waste little at a mask's edge,
+    and long steps waste little elsewhere.
+    """
 
     q: int
     k: int
     heads: int
+    merge: int = 1
 
 
 class Lists(NamedTuple):
-    """For each block of one side, the blocks of the other to visit: wholly live ones first, then partial ones."""
+    """For each block of the outer loop, what the inner loop visits: runs of `merge` full blocks, then all other live ones.
 
-    order: Int[Array, "B|1 G|1 n m"]
-    full: Int[Array, "B|1 G|1 n"]
-    live: Int[Array, "B|1 G|1 n"]
+    Only the first `runs` and `singles` entries of a row of the orders count.
+    """
+
+    run_order: Int[Array, "B|1 G|1 n M"]
+    runs: Int[Array, "B|1 G|1 n"]
+    single_order: Int[Array, "B|1 G|1 n m"]
+    singles: Int[Array, "B|1 G|1 n"]
 
 
 class Tables(NamedTuple):
@@ -52,8 +61,10 @@ class Plan:
     heads: int  # Key/value heads in one step.
     groups: int  # Steps over heads.
     ratio: int  # Query heads of a key/value head.
-    partial: bool  # Some block may be partial.
-    whole: bool  # Some block may be full.
+    merge: int  # Blocks of a run in the inner loop.
+    partial: bool  # Some block may need the mask.
+    runs: bool  # There may be runs of full blocks.
+    singles: bool  # There may be other live blocks.
     mask: Any  # Tree structure of the mask; its arrays are in the tables.
 
     @property
@@ -78,28 +89,26 @@ class Plan:
         return _pad(x, self.k_blocks * self.block_k, 0.0)
 
     def split_rows(self, x: Array) -> Array:
-        """[n bq, heads, D] to blocks [n, kv heads, rows, D]."""
+        """[n bq, heads, D] to [kv heads, n rows, D]: blocks of rows, in each the query heads of a kv head in turn."""
         x = x.reshape(-1, self.block_q, self.heads, self.ratio, x.shape[-1])
-        return x.transpose(0, 2, 3, 1, 4).reshape(-1, self.heads, self.rows, x.shape[-1])
+        return x.transpose(2, 0, 3, 1, 4).reshape(self.heads, -1, x.shape[-1])
 
     def join_rows(self, x: Array) -> Array:
         """The inverse of `split_rows`."""
-        x = x.reshape(-1, self.heads, self.ratio, self.block_q, x.shape[-1])
-        return x.transpose(0, 3, 1, 2, 4).reshape(-1, self.heads * self.ratio, x.shape[-1])
-
-    def split_keys(self, x: Array) -> Array:
-        """[n bk, kv heads, D] to blocks [n, kv heads, bk, D]."""
-        return x.reshape(-1, self.block_k, self.heads, x.shape[-1]).transpose(0, 2, 1, 3)
+        x = x.reshape(self.heads, -1, self.ratio, self.block_q, x.shape[-1])
+        return x.transpose(1, 3, 0, 2, 4).reshape(-1, self.heads * self.ratio, x.shape[-1])
 
     def visit(self, lists: Lists, b: Array, g: Array, i: Array, step: Any, carry: Any) -> Any:
-        """`step(j, carry, masked)` for every live block j of block i; wholly live ones come first, unmasked."""
-        order, full, live = (_at(x, b, g, i) for x in lists)
-        if order.shape[0] == 1:  # A mask is right for every kind of block, and one block is worth no loop.
-            return step(np.int32(0), carry, self.partial)
-        if self.whole:
-            carry = lax.fori_loop(0, full, lambda t, c: step(order[t], c, False), carry)
-        if self.partial:
-            carry = lax.fori_loop(full, live, lambda t, c: step(order[t], c, True), carry)
+        """`step(j, blocks, carry, masked)` for all live blocks j .. j + blocks - 1 of the outer block i."""
+        run_order, runs, single_order, singles = (_at(x, b, g, i) for x in lists)
+        if single_order.shape[0] == 1:  # A mask is right for every kind of block, and one block is worth no loop.
+            return step(np.int32(0), 1, carry, self.partial)
+        if self.runs:
+            carry = lax.fori_loop(
+                0, runs, lambda t, c: step(_pick(run_order, t) * self.merge, self.merge, c, False), carry
+            )
+        if self.singles:
+            carry = lax.fori_loop(0, singles, lambda t, c: step(_pick(single_order, t), 1, c, self.partial), carry)
         return carry
 
     def where(self, tables: Tables, b: Array, g: Array, i: Array, j: Array, x: Array, other: float) -> Array:
@@ -141,6 +150,10 @@ class Plan:
         return q, {name: piece(column, j, self.block_k) for name, column in tables.k.items()}
 
 
+def _pick(x: Array, i: Array) -> Array:
+    return lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
 def cut(x: Array, at: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
     """`dynamic_slice` at whole numbers of any kind."""
     return lax.dynamic_slice(x, tuple(jnp.asarray(n, jnp.int32) for n in at), shape)
@@ -153,12 +166,14 @@ def put(x: Array, part: Array, at: tuple[Any, ...]) -> Array:
 
 def choose_blocks(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[Blocks, Blocks]:
     """Block sizes of forward and backward for these shapes, as measured (docs/notes-attention.md)."""
-    ratio = q[2] // k[2]
-    forward, backward = (max(n for n in range(1, most + 1) if k[2] % n == 0) for most in (8, 4))
-    return (
-        Blocks(_even(q[1], max(256 // ratio, 32)), _even(k[1], 256), min(forward, k[2])),
-        Blocks(_even(q[1], max(512 // ratio, 64)), _even(k[1], 512), min(backward, k[2])),
-    )
+    ratio, few = q[2] // k[2], 32
+    heads = max(n for n in range(1, 5) if k[2] % n == 0)
+    block_q = _even(q[1], max(256 // ratio, few))
+    if q[1] * ratio <= few:  # Decoding: the keys are read once whatever the order, so one step for all of them.
+        return Blocks(q[1], _even(k[1], (1 << 19) // (heads * q[1] * ratio)), heads), Blocks(
+            block_q, _even(k[1], 512), heads
+        )
+    return Blocks(block_q, _even(k[1], 256), heads, 2), Blocks(block_q, _even(k[1], 256), heads, 2)
 
 
 def make(
@@ -203,6 +218,8 @@ def _make(
         status = status.reshape(status.shape[0], groups, blocks.heads * ratio, *status.shape[2:])
         low, high = status.min(2), status.max(2)
         status = low + ((low == EMPTY) & (high > EMPTY)).astype(status.dtype)
+    status = status.swapaxes(2, 3) if by_keys else status
+    lists = _lists(status, blocks.merge)
     known = isinstance(status, np.ndarray)
     arrays, tree = jax.tree.flatten(mask)
     plan = Plan(
@@ -215,23 +232,33 @@ def _make(
         heads=blocks.heads,
         groups=groups,
         ratio=ratio,
+        merge=blocks.merge,
         partial=not known or bool((status != FULL).any()),
-        whole=not known or bool((status == FULL).any()),
+        runs=lists.run_order.shape[-1] > 0 and (not known or bool(lists.runs.any())),
+        singles=not known or bool(lists.singles.any()),
         mask=tree,
     )
     return plan, Tables(
-        lists=_lists(status.swapaxes(2, 3) if by_keys else status),
+        lists=lists,
         mask_arrays=tuple(arrays),
         q={name: _pad_edge(column, plan.q_blocks * block_q) for name, column in columns[0].items()},
         k={name: _pad_edge(column, plan.k_blocks * block_k) for name, column in columns[1].items()},
     )
 
 
-def _lists(status: Array) -> Lists:
+def _lists(status: Array, merge: int) -> Lists:
+    """The lists from the classes [B|1, G|1, n, m]."""
     xp = np if isinstance(status, np.ndarray) else jnp
-    order = xp.argsort(FULL - status, axis=-1, stable=True).astype(np.int32)
-    full = (status == FULL).sum(-1).astype(np.int32)
-    return Lists(order, full, full + (status == PARTIAL).sum(-1).astype(np.int32))
+    whole = status.shape[3] // merge
+    run = (status[..., : whole * merge] == FULL).reshape(*status.shape[:3], whole, merge).all(-1)
+    in_run = xp.repeat(run, merge, axis=-1)
+    in_run = xp.pad(in_run, ((0, 0),) * 3 + ((0, status.shape[3] - whole * merge),))
+    single = (status != EMPTY) & ~in_run
+
+    def first(chosen: Array) -> tuple[Array, Array]:
+        return xp.argsort(~chosen, axis=-1, stable=True).astype(np.int32), chosen.sum(-1).astype(np.int32)
+
+    return Lists(*first(run), *first(single))
 
 
 def _even(length: int, largest: int) -> int:

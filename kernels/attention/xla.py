@@ -104,7 +104,7 @@ def _forward(
         if plan.partial:
             keys = jnp.where(jnp.isfinite(keys) & _finite_at(values, width), keys, jnp.nan)
             values = jnp.where(jnp.isfinite(values), values, 0)
-        keys, values = (plan.split_keys(x) for x in (keys, values))  # [nk, per, block_k, D]
+        keys, values = jnp.swapaxes(keys, 0, 1), jnp.swapaxes(values, 0, 1)  # [per, S, D]
         sink = None
         if sinks is not None:
             sink = cut(sinks.astype(dtype) / late, (g * row_heads,), (row_heads,))
@@ -112,11 +112,12 @@ def _forward(
 
         def one_block(i: Array, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
             at = (b, i * size, g * row_heads)
-            queries = plan.split_rows(cut(q_padded, (*at, 0), (1, size, row_heads, width))[0])[0]  # [per, rows, D]
+            queries = plan.split_rows(cut(q_padded, (*at, 0), (1, size, row_heads, width))[0])  # [per, rows, D]
 
-            def step(j: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+            def step(j: Array, blocks: int, carry: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
                 top, total, sum_ = carry
-                s = _dot(queries, _pick(keys, j), 2, 2, dtype)
+                key, value = (_slice(x, j * plan.block_k, blocks * plan.block_k) for x in (keys, values))
+                s = _dot(queries, key, 2, 2, dtype)
                 s = _capped(plan, s) if plan.soft_cap else s
                 if masked:
                     s = plan.where(tables, b, g, i, j, s, -jnp.inf)
@@ -125,7 +126,7 @@ def _forward(
                 p = jnp.exp(late * (s - safe[..., None]))
                 shrink = jnp.exp(late * (top - safe))
                 total = total * shrink + p.sum(-1)
-                sum_ = sum_ * shrink[..., None] + _dot(p.astype(v.dtype), _pick(values, j), 2, 1, dtype)
+                sum_ = sum_ * shrink[..., None] + _dot(p.astype(v.dtype), value, 2, 1, dtype)
                 return new, total, sum_
 
             carry = (
@@ -139,8 +140,8 @@ def _forward(
             out = (sum_ / total[..., None]).astype(q.dtype)
             lse = jnp.where(empty, -jnp.inf, late * top + jnp.log(total))
             return (
-                put(outputs[0], plan.join_rows(out[None])[None], (*at, 0)),
-                put(outputs[1], plan.join_rows(lse[None, ..., None])[None, ..., 0], at),
+                put(outputs[0], plan.join_rows(out)[None], (*at, 0)),
+                put(outputs[1], plan.join_rows(lse[..., None])[None, ..., 0], at),
             )
 
         return _loop(plan.q_blocks, one_block, outputs)
@@ -181,24 +182,25 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
         queries, d_outs, lses, deltas = (
             plan.split_rows(cut(x, (b, 0, g * row_heads, 0), (1, x.shape[1], row_heads, x.shape[3]))[0])
             for x in (q_padded, o_padded, lse, delta)
-        )  # [nq, per, rows, D]
+        )  # [per, nq rows, D]
         queries, d_outs = clean(queries), clean(d_outs)
-        lses, deltas = lses[:, :, None, :, 0], deltas[:, :, None, :, 0]  # [nq, per, 1, rows]
 
         def one_block(j: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
             d_queries, d_k, d_v = outputs
             at = (b, j * size, g * per, 0)
             keys, values = (
-                clean(plan.split_keys(cut(x, at, (1, size, per, x.shape[3]))[0])[0]) for x in (k_padded, v_padded)
+                clean(jnp.swapaxes(cut(x, at, (1, size, per, x.shape[3]))[0], 0, 1)) for x in (k_padded, v_padded)
             )  # [per, block_k, D]
             keys_transposed = jnp.swapaxes(keys, 1, 2)
 
-            def step(i: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+            def step(i: Array, blocks: int, carry: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
                 d_queries, d_keys, d_values = carry
-                query, d_out = _pick(queries, i), _pick(d_outs, i)
+                first, count = i * rows, blocks * rows
+                query, d_out = _slice(queries, first, count), _slice(d_outs, first, count)
+                row_lse, row_delta = (jnp.swapaxes(_slice(x, first, count), 1, 2) for x in (lses, deltas))
                 s = _capped(plan, _dot(keys, query, 2, 2, dtype))  # [per, block_k, rows]
-                p = jnp.exp(s - _pick(lses, i))
-                ds = p * (_dot(values, d_out, 2, 2, dtype) - _pick(deltas, i))
+                p = jnp.exp(s - row_lse)
+                ds = p * (_dot(values, d_out, 2, 2, dtype) - row_delta)
                 if plan.soft_cap:
                     ds *= 1 - (s / plan.soft_cap) ** 2
                 if masked:
@@ -206,8 +208,8 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
                 p, ds = p.astype(v.dtype), ds.astype(v.dtype)
                 d_values += _dot(p, d_out, 2, 1, dtype)
                 d_keys += _dot(ds, query, 2, 1, dtype)
-                d_query = _pick(d_queries, i) + _dot(keys_transposed, ds, 2, 1, dtype)
-                return lax.dynamic_update_index_in_dim(d_queries, d_query, i, 0), d_keys, d_values
+                d_query = _slice(d_queries, first, count, 2) + _dot(keys_transposed, ds, 2, 1, dtype)
+                return lax.dynamic_update_slice_in_dim(d_queries, d_query, first, 2), d_keys, d_values
 
             zeros = _alike(tuple(jnp.zeros((per, size, x.shape[3]), dtype) for x in (k, v)), q)
             d_queries, d_keys, d_values = plan.visit(tables.lists, b, g, j, step, (d_queries, *zeros))
@@ -216,9 +218,9 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
             return d_queries, put(d_k, d_keys, at), put(d_v, d_values, at)
 
         d_q, d_k, d_v = outputs
-        d_queries = _alike(jnp.zeros((plan.q_blocks, per, width, rows), dtype), q)  # Transposed, as the dots give it.
+        d_queries = _alike(jnp.zeros((per, width, plan.q_blocks * rows), dtype), q)  # Transposed, as the dots give it.
         d_queries, d_k, d_v = _loop(plan.k_blocks, one_block, (d_queries, d_k, d_v))
-        d_queries = plan.join_rows(jnp.swapaxes(d_queries * plan.scale, 2, 3)).astype(q.dtype)
+        d_queries = plan.join_rows(jnp.swapaxes(d_queries * plan.scale, 1, 2)).astype(q.dtype)
         return put(d_q, d_queries[None], (b, 0, g * row_heads, 0)), d_k, d_v
 
     outputs = (
@@ -240,7 +242,7 @@ def _capped(plan: Plan, s: Array) -> Array:
 
 
 def _finite_at(values: Array, width: int) -> Array:
-    """[.., width]: some place of a row is False where its value row holds inf or NaN. No reduction, so that it fuses."""
+    """[.., width]: some place of a row is False where its value row holds inf or NaN. No reduction: it must fuse."""
     finite = jnp.isfinite(values)
     missing = -finite.shape[-1] % width
     finite = (
@@ -265,8 +267,8 @@ def _alike(tree: Any, *sources: Array | None) -> Any:
     return jax.tree.map(vary, tree)
 
 
-def _pick(x: Array, i: Array) -> Array:
-    return lax.dynamic_index_in_dim(x, i, keepdims=False)
+def _slice(x: Array, first: Array, count: int, axis: int = 1) -> Array:
+    return lax.dynamic_slice_in_dim(x, first, count, axis)
 
 
 def _loop(count: int, body: Any, carry: Any) -> Any:

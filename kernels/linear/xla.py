@@ -6,8 +6,10 @@ What the CPU form does and why (measured figures: docs/notes-lightning-linear.md
   which is where most of the gain in a training step comes from.
 - bfloat16 dots give float32 and are cast afterwards: only bf16 x bf16 -> f32 has a fast kernel, bf16 -> bf16 has none.
 - Weight gradients contract the row axis. The fast kernels want the left side stored with the contracted axis last, so
-  the narrower of x and dy is transposed into memory first. The reshape behind the barrier is part of it: without it the
-  transpose is expressed as a layout, which the bf16 kernel refuses (the dot is then done in float32).
+  the narrower of x and dy is transposed into memory first.
+- Both sides of a bf16 dot must be row-major when the compiler looks at it, and a transpose (also one that the caller
+  made, as of a tied embedding) is at that time only a layout: the dot would be done in float32. A barrier and a reshape
+  put it into memory.
 - A barrier behind each dot keeps later transposes of the result from being folded into the dot; for bf16 that fold
   produces a dot the CPU runtime does not have.
 """
@@ -18,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+FEW_ROWS = 16  # Below, as in decoding, a dot costs about as much as reading w: no copy of w is worth a faster kernel.
 
 
 def linear_xla(
@@ -68,6 +72,8 @@ def _plain(a: Array, b: Array, axis: int) -> Array:
 
 
 def _pinned(a: Array, b: Array, axis: int) -> Array:
+    if a.dtype.itemsize == 2 and a.shape[0] >= FEW_ROWS:
+        a, b = _stored(a), _stored(b)
     return lax.optimization_barrier(_plain(a, b, axis))
 
 
@@ -83,5 +89,9 @@ def _transposed_weight_gradient(x: Array, dy: Array) -> Array:
 
 
 def _transposed(x: Array) -> Array:
-    """x.T, really in memory: row-major and opaque to the simplifier."""
-    return lax.optimization_barrier(x.T[None]).reshape(x.shape[1], x.shape[0])
+    return _stored(x.T)
+
+
+def _stored(x: Array) -> Array:
+    """The matrix x, row-major in memory and opaque to the simplifier; costs nothing where it is so already."""
+    return lax.optimization_barrier(x[None]).reshape(x.shape)
