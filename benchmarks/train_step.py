@@ -3,23 +3,20 @@
     python benchmarks/train_step.py                    both types, seven rounds, about three minutes on two cores
     python benchmarks/train_step.py --rounds=15 --dtypes=bfloat16
 
-Needs the torch-bench extra. Both sides: 8 layers of width 256, 8 heads of 32 with rotary positions, gelu MLP of 1,024, RMS
-norms, 2,048 tokens in a tied table; 8 rows of 512 tokens; AdamW with weight decay and clipping by global norm; float32
-weights (bfloat16: products and activations only, under autocast in torch). Torch starts from Tessera's weights, and the two
-losses are compared before anything is timed. Tessera runs its own training step with packed batches, loss of padding and
-the search for numbers that are not finite included; torch runs the plain causal step, its projections to q, k, v fused.
+Needs the torch-bench extra. Both sides: 8 layers of width 256, 8 heads of 32 with rotary positions, gelu MLP of 1,024,
+RMS norms, 2,048 tokens in a tied table; 8 rows of 512 tokens; AdamW with weight decay and clipping by global norm; float32
+weights (bfloat16: products and activations only, under autocast in torch). Torch starts from Tessera's weights, and the
+losses are compared before anything is timed. Tessera runs its own training step on packed batches, weights of tokens and
+the search for numbers that are not finite included; torch runs the plain causal step, projections to q, k, v fused.
 
-The machines this runs on drift by factors within minutes, so the two sides alternate in every round, each timed call after
-an untimed one, and the ratio to trust is the paired one. Memory comes in huge pages on both sides (GLIBC_TUNABLES, set by
-starting this program again). Results go to benchmarks/results/train_step.json.
+The machines this runs on drift by factors within minutes, so the two sides alternate in every round, each timed call
+after an untimed one, and the ratio to trust is the paired one. Memory comes in huge pages on both sides (the program
+starts itself again with GLIBC_TUNABLES set). Results go to benchmarks/results/train_step.json.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -28,8 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 VOCABULARY, WIDTH, DEPTH, HEADS, HIDDEN = 2048, 256, 8, 8, 1024
 RATE, DECAY, CLIP = 1e-3, 0.1, 1.0
 
@@ -192,22 +188,9 @@ def compare(dtype: str, rows: int, length: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were made with."""
-    model = platform.processor()
-    if (info := pathlib.Path("/proc/cpuinfo")).exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0] if names else model
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
-    return {
-        "device": f"CPU, {os.cpu_count()} cores, {model}",
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "load_average": os.getloadavg(),
-    }
-
-
 def main() -> None:
+    from machine import describe, with_huge_pages, write
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=8)
@@ -215,11 +198,10 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks/results/train_step.json")
     options = parser.parse_args()
-    if HUGE_PAGES not in os.environ.get("GLIBC_TUNABLES", ""):
-        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [os.environ.get("GLIBC_TUNABLES"), HUGE_PAGES]))
-        os.execv(sys.executable, [sys.executable, *sys.argv])
+    with_huge_pages()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    results = machine() | {"rows": options.rows, "length": options.length, "command": " ".join(sys.argv)}
+    results = describe("jax", "jaxlib", "flax", "optax", "numpy", "torch")
+    results |= {"rows": options.rows, "length": options.length}
     print(f"{results['device']}; {results['versions']}")
     print(f"{'':10}{'tessera ms':>12}{'torch ms':>12}{'tokens/s':>12}{'best':>8}{'paired':>8}   rounds")
     for dtype in options.dtypes.split(","):
@@ -231,8 +213,7 @@ def main() -> None:
             + " ".join(f"{ratio:.2f}" for ratio in found["ratios"]),
             flush=True,
         )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    write(results, options.output)
 
 
 if __name__ == "__main__":

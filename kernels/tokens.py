@@ -10,8 +10,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=(
-    "index", "segment", "start", "position", "valid", "modality", "image", "frame", "prompt"), meta_fields=())
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("index", "segment", "start", "position", "valid", "modality", "image", "frame", "prompt"),
+    meta_fields=(),
+)
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """Token metadata, one column per array; every column has shape [B, T], or [1, T] where all rows agree.

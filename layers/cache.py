@@ -120,9 +120,7 @@ class SlotCache:
         )
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("state", "length"), meta_fields=("fresh",)
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("state", "length"), meta_fields=("fresh",))
 @dataclasses.dataclass(frozen=True)
 class StateCache:
     """A state of fixed size per row: named arrays [B, ...], and the tokens seen so far."""

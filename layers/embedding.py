@@ -18,7 +18,10 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(table, axes=("vocab", "embed"))
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """The rows of `ids`, scaled, in the compute dtype. Ids outside the table give rows of NaN, never a neighbour."""
+        """The rows of `ids`, scaled, in the compute dtype.
+
+        Ids outside the table give rows of NaN, never a neighbour.
+        """
         table = logical.gather(self.table[...], ("vocab", "embed"))
         rows = table.at[ids].get(mode="fill", fill_value=jnp.nan).astype(self.compute_dtype)
         return rows if self.scale == 1.0 else rows * jnp.asarray(self.scale, rows.dtype)

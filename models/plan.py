@@ -53,7 +53,9 @@ def _selected(selector: str, depth: int) -> range:
             return range(first, first + 1)
         return range(depth)[slice(*numbers)]
     except (ValueError, IndexError, TypeError):
-        raise ValueError(f"per_layer {selector!r} selects no layers of {depth}: write a slice such as 0, :4 or 1::2") from None
+        raise ValueError(
+            f"per_layer {selector!r} selects no layers of {depth}: write a slice such as 0, :4 or 1::2"
+        ) from None
 
 
 def _set(spec: Spec, field: str, value: Any) -> None:

@@ -241,29 +241,37 @@ def test_a_traced_scale_has_a_gradient(op) -> None:
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_blocks_beyond_the_mask_are_never_visited(traced) -> None:
-    mask = CAUSAL & masks.sliding_window(8)
+@pytest.mark.parametrize("merge", [1, 2, 3])
+@pytest.mark.parametrize("window", [8, 30, 64])
+def test_exactly_the_live_blocks_are_visited_once(traced, merge, window) -> None:
+    mask = CAUSAL & masks.sliding_window(window)
     shape = (2, 64, 2, 8)
 
     def visits(index):
         both = Tokens(index=index)
-        plans, tables = plan.make(mask, both, both, shape, shape, 1.0, 0.0, 2 * (plan.Blocks(8, 8, 2),))
-        count = lambda side, i: plans[side].visit(  # noqa: E731
-            tables[side].lists,
-            0,
-            0,
-            i,
-            lambda j, blocks, c, masked: c.at[j + jnp.arange(blocks)].add(1),
-            jnp.zeros(8, jnp.int32),
-        )
+        plans, tables = plan.make(mask, both, both, shape, shape, 1.0, 0.0, 2 * (plan.Blocks(8, 8, 2, merge),))
+
+        def count(side, i):
+            def step(j, blocks, carry, masked):
+                return carry.at[0, j + jnp.arange(blocks)].add(1).at[1].add(masked)
+
+            return plans[side].visit(tables[side].lists, 0, 0, i, step, jnp.zeros((2, 8), jnp.int32))
+
         return [jnp.stack([count(side, i) for i in range(8)]) for side in (0, 1)]
 
     index = np.arange(64)[None]
     forward, backward = jax.jit(visits)(index) if traced else visits(index)
-    np.testing.assert_array_equal(forward, np.eye(8) + np.eye(8, k=-1))
-    np.testing.assert_array_equal(backward, np.eye(8) + np.eye(8, k=1))
+    allowed = np.asarray(mask.materialise(64))[0, 0].reshape(8, 8, 8, 8)
+    np.testing.assert_array_equal(forward[:, 0], allowed.any((1, 3)))
+    np.testing.assert_array_equal(backward[:, 0], allowed.any((1, 3)).T)
+    partial = (allowed.any((1, 3)) & ~allowed.all((1, 3))).sum(1)
+    assert (forward[:, 1, 0] >= partial).all()
+    if merge == 1 and not traced:
+        full = allowed.all((1, 3)).sum(1)
+        np.testing.assert_array_equal(forward[:, 0].sum(1) - full, partial)
 
 
+@pytest.mark.parametrize("op", ["reference", "xla_small_blocks"], indirect=True)
 def test_inside_scan_remat_and_shard_map(op) -> None:
     setting = SETTINGS["grouped"]
     x = {name: jnp.asarray(a, jnp.float32) for name, a in arrays(setting).items()}

@@ -18,7 +18,6 @@ from tests.contract import checks
 from tests.contract.cases import Case, cases, inputs, plain
 
 
-
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
     """Tiny programs: compiling them well costs far more than running them."""

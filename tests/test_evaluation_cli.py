@@ -10,7 +10,10 @@ import pytest
 import eval as program
 from configs.errors import UserError
 
-SMALL = "model.width=32,model.depth=1,model.max_length=64,model.mlp.width=32,data.length=32,data.max_files=40,data.heldout_share=0.5"
+SMALL = (
+    "model.width=32,model.depth=1,model.max_length=64,model.mlp.width=32,"
+    "data.length=32,data.max_files=40,data.heldout_share=0.5"
+)
 
 
 def options(*argv):

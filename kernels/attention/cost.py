@@ -28,7 +28,7 @@ def pairs(mask: Mask, length: int, keys: int | None = None, tokens: tuple[Tokens
             return float(_banded(length, keys, min([*windows, keys])))
         tokens = _aligned(length, keys)
     sides = mask.prepare(*tokens)
-    q, k = ({name: np.asarray(column) for name, column in side.items()} for side in sides)
+    q, k = ({name: np.asarray(column) for name, column in side.items()} for side in sides)  # Known while tracing.
     size, counted = 256, 0.0
     status = np.asarray(mask.classify_columns(q, k, size, size, length, keys)).max((0, 1))
     for i, j in np.argwhere(status != EMPTY):

@@ -9,7 +9,7 @@ inside a mask through `jit`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,7 +130,7 @@ class Mask:
         return self.classify_columns(*self.prepare(q, k), block_q, block_k, q.index.shape[-1], k.index.shape[-1])
 
     def classify_columns(
-        self, q: dict[str, Array], k: dict[str, Array], block_q: int, block_k: int, length: int, keys: int
+        self, q: Mapping[str, Any], k: Mapping[str, Any], block_q: int, block_k: int, length: int, keys: int
     ) -> Int8[Array, "B|1 H|1 nq nk"]:
         """`classify` on the columns that `prepare` gave."""
         q_blocks = {name: _bounds(column, block_q, 3) for name, column in q.items()}

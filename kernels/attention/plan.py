@@ -17,8 +17,8 @@ from kernels.tokens import Tokens
 class Blocks:
     """Sizes of one step: tokens of a query block and of a key block, and key/value heads taken together.
 
-    `merge` wholly live neighbours on the side of the inner loop are one step: fine blocks waste little at a mask's edge,
-    and long steps waste little elsewhere.
+    `merge` wholly live neighbours on the side of the inner loop are one step: fine blocks waste little at a
+    mask's edge, and long steps waste little elsewhere.
     """
 
     q: int
@@ -28,7 +28,7 @@ class Blocks:
 
 
 class Lists(NamedTuple):
-    """For each block of the outer loop, what the inner loop visits: runs of `merge` full blocks, then all other live ones.
+    """For each block of the outer loop, what the inner one visits: runs of `merge` full blocks, then other live ones.
 
     Only the first `runs` and `singles` entries of a row of the orders count.
     """
@@ -170,9 +170,8 @@ def choose_blocks(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) ->
     heads = max(n for n in range(1, 5) if k[2] % n == 0)
     block_q = _even(q[1], max(256 // ratio, few))
     if q[1] * ratio <= few:  # Decoding: the keys are read once whatever the order, so one step for all of them.
-        return Blocks(q[1], _even(k[1], (1 << 19) // (heads * q[1] * ratio)), heads), Blocks(
-            block_q, _even(k[1], 512), heads
-        )
+        block_k = _even(k[1], (1 << 19) // (heads * q[1] * ratio))
+        return Blocks(q[1], block_k, heads), Blocks(q[1], _even(k[1], 512), heads)
     return Blocks(block_q, _even(k[1], 256), heads, 2), Blocks(block_q, _even(k[1], 256), heads, 2)
 
 

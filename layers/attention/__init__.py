@@ -1,7 +1,7 @@
 """Attention variants, one file each, found by name.
 
-    layer = layers.attention.build("mla", width=256, rngs=nnx.Rngs(0), kv_lora_rank=32)
-    out, cache, aux = layer(x, kernels.tokens.sequence(x.shape[1]))
+layer = layers.attention.build("mla", width=256, rngs=nnx.Rngs(0), kv_lora_rank=32)
+out, cache, aux = layer(x, kernels.tokens.sequence(x.shape[1]))
 """
 
 import importlib

@@ -29,7 +29,8 @@ class LightningAttention(Attention):
     o_t = sum_{u<=t} lambda^(t-u) (q_t . k_u) v_u with q = phi(x W_q), k = phi(x W_k), no softmax, scale or
     denominator; the heads are normalised together (RMS without gain over all of them), gated by x W_u, projected.
     lambda = exp(-s), s fixed by head and layer; the paper's rule and the released code's differ, and `decay` chooses
-    (default the released "alibi"). LRPE, where on, turns q and k into (x cos(theta t), x sin(theta t)) with learnt theta.
+    (default the released "alibi"). LRPE, where on, turns q and k into (x cos(theta t), x sin(theta t)) with
+    learnt theta.
     """
 
     def __init__(

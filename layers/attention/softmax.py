@@ -35,7 +35,9 @@ def attend(
     Under tensor parallelism key/value heads are repeated until they split as the query heads do.
     Hooks on scores or probabilities form the whole map; a tap on probabilities forms the rows it asks for.
     """
-    shared: dict[str, Any] = dict(mask=mask, q_tokens=tokens, k_tokens=keys, scale=scale, soft_cap=soft_cap, sinks=sinks)
+    shared: dict[str, Any] = dict(
+        mask=mask, q_tokens=tokens, k_tokens=keys, scale=scale, soft_cap=soft_cap, sinks=sinks
+    )
     if hooks.edits("scores"):
         shared["score_mod"] = lambda scores, places: hooks.edit("scores", scores, places.k)
         implementation = "reference"

@@ -35,7 +35,9 @@ class SourceFault:
         assert source.count(self.old) >= 1, f"{self.layer} no longer contains {self.old!r}: renew this fault"
         name = f"{self.layer}_fault_{next(_number)}"
         copy = folder / f"{name}.py"
-        copy.write_text(source.replace(self.old, self.new).replace(f'@register("{self.layer}")', f'@register("{name}")'))
+        copy.write_text(
+            source.replace(self.old, self.new).replace(f'@register("{self.layer}")', f'@register("{name}")')
+        )
         spec = importlib.util.spec_from_file_location(name, copy)
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
         return FaultyCase(name, self.preset, self.changes)
@@ -56,11 +58,13 @@ SOURCE_FAULTS = (
     SourceFault("mha", "gqa", "packing", "tokens.positions()", "tokens.index.astype(jnp.float32) ** 1.1"),
     SourceFault("mha", "sliding", "decoding", "window=self.window)", "window=self.window and self.window - 1)"),
     SourceFault("mha", "sliding", "decoding", "pinned = self.sink_tokens if", "pinned = 0 if"),
-    SourceFault("mha", "gqa", "decoding", "position = tokens.positions()", "position = tokens.positions() * (1 + (cache is not None))"),
+    SourceFault("mha", "gqa", "decoding", "position = tokens.positions()",
+                "position = tokens.positions() * (1 + (cache is not None))"),
     SourceFault("mha", "gqa", "declared_parameters", "count = width", "count = 1 + width"),
     SourceFault("mla", "mla", "causality", "masks.causal()", "masks.everything()"),
     SourceFault("mla", "mla", "packing", "visible(self.mask, keys)", "self.mask"),
-    SourceFault("mla", "mla", "decoding", "return jnp.einsum(\"bthc,chv->bthv\", read,", "return jnp.einsum(\"bthc,chv->bthv\", 1.01 * read,"),
+    SourceFault("mla", "mla", "decoding", "return jnp.einsum(\"bthc,chv->bthv\", read,",
+                "return jnp.einsum(\"bthc,chv->bthv\", 1.01 * read,"),
     SourceFault("mla", "mla", "declared_cache", "(self.rank + self.rotary) * itemsize", "self.rank * itemsize"),
     SourceFault("lightning", "lightning", "packing", "segment=tokens.segment", "segment=None"),
     SourceFault("lightning", "lightning", "decoding", 'cache.state["kv"]', '0.5 * cache.state["kv"]'),
