@@ -3,7 +3,8 @@
     python benchmarks/linear_cpu.py                 about a minute on two cores
 
 Rows are 4,096 tokens; shapes are those of the 6.8 million parameter model of train_step.py. The two forms alternate,
-and the best of the rounds counts. Results go to benchmarks/results/linear_cpu.json.
+and the best of the rounds counts. Memory comes in huge pages (the program starts itself again with GLIBC_TUNABLES
+set). Results go to benchmarks/results/linear_cpu.json.
 """
 
 import argparse
@@ -17,18 +18,20 @@ SHAPES = ((256, 256), (256, 1024), (1024, 256), (256, 2048))
 
 
 def main() -> None:
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from machine import describe, write
-
-    from kernels.linear import cost, linear
+    from machine import describe, with_huge_pages, write
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks/results/linear_cpu.json")
     options = parser.parse_args()
+    with_huge_pages()
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from kernels.linear import cost, linear
+
     results = describe("jax", "jaxlib", "numpy")
     print(f"{results['device']}; {results['versions']}; GFLOP/s, kernels/linear (plain jnp)")
     print(f"{'':24}{'forward':>16}{'dx':>16}{'dw':>16}")

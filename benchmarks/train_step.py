@@ -4,10 +4,11 @@
     python benchmarks/train_step.py --rounds=15 --dtypes=bfloat16
 
 Needs the torch-bench extra. Both sides: 8 layers of width 256, 8 heads of 32 with rotary positions, gelu MLP of 1,024,
-RMS norms, 2,048 tokens in a tied table; 8 rows of 512 tokens; AdamW with weight decay and clipping by global norm; float32
-weights (bfloat16: products and activations only, under autocast in torch). Torch starts from Tessera's weights, and the
-losses are compared before anything is timed. Tessera runs its own training step on packed batches, weights of tokens and
-the search for numbers that are not finite included; torch runs the plain causal step, projections to q, k, v fused.
+RMS norms, 2,048 tokens in a tied table; 8 rows of 512 tokens; AdamW with weight decay and clipping by global norm;
+float32 weights (bfloat16: products and activations only, under autocast in torch). Torch starts from Tessera's weights,
+and the losses are compared before anything is timed. Tessera runs its own training step on packed batches, weights of
+tokens and the search for numbers that are not finite included; torch runs the plain causal step, its projections to
+q, k and v fused.
 
 The machines this runs on drift by factors within minutes, so the two sides alternate in every round, each timed call
 after an untimed one, and the ratio to trust is the paired one. Memory comes in huge pages on both sides (the program

@@ -88,7 +88,8 @@ def visibility(compared: Compared) -> Html:
             address = plots.data_url(plots.mask(view.strength, number))
             which = "every layer" if len(view.layers) == run.config.model.depth else ranges(view.layers)
             if view.measured:
-                said = f"{which}; influence, layer {view.layers[0]}, {side} tokens"
+                place = f" in layer {view.layers[0]}" if len(view.layers) > 1 else ""
+                said = f"{which}; influence measured{place}, {side} tokens"
             else:
                 said = f"{which}; {view.strength.mean():.0%} of {side} × {side} pairs"
             caption = element("figcaption", Html(f"{dot(number)}<b>{text(variant.name)}</b><br>{text(said)}"))
@@ -153,14 +154,18 @@ def differences(compared: Compared) -> Html:
         return Html("")
     chosen = compared.first_of_each
     flat = [fields.flat(compared.runs[index].config) for index in chosen]
-    rows = []
+    shared, partial = [], []
     for name in dict.fromkeys(name for config in flat for name in config):
         values = [config.get(name, NONE) for config in flat]
         if name not in PLAIN and len({str(value) for value in values}) > 1:
+            rows = shared if all(name in config for config in flat) else partial
             rows.append([name, *(short(value) for value in values)])
     header = ["Field", *(Html(f"{dot(i)}{text(v.name)}") for i, v in enumerate(compared.variants))]
-    body = table(header, rows) if rows else element("p", "Nowhere but in name and seed.", kind="note")
-    return section("Where the configs differ", body)
+    body = [table(header, shared)] if shared else []
+    if partial:
+        said = f"{len(partial)} field{'s' if len(partial) > 1 else ''} that only some of them have"
+        body.append(element("details", element("summary", said), table(header, partial)))
+    return section("Where the configs differ", *(body or [element("p", "Nowhere but in name and seed.", kind="note")]))
 
 
 def repeat(compared: Compared, command: str) -> Html:
