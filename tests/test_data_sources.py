@@ -117,7 +117,7 @@ def test_hash_is_of_names_and_contents_only(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("nowhere", "no such file or folder"),
+        ("no-such-source", "no such file or folder"),
         ("stdlb", "did you mean 'stdlib'"),
         ("no*where", "matches no files"),
         ("folder", "no .txt .md .py"),
@@ -329,7 +329,7 @@ def test_report_names_the_first_and_counts_the_rest(tmp_path):
         ("tokenizer", "bpe:many", "bpe:4096"),
         ("tokenizer", "bpe:100", "at least 259"),
         ("tokenizer", "nowhere.json", "existing file"),
-        ("heldout_sources", ("nowhere",), "no such file"),
+        ("heldout_sources", ("no-such-source",), "no such file"),
     ],
 )
 def test_useless_field_is_named(tmp_path, field, value, words):

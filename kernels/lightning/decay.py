@@ -34,7 +34,7 @@ def decay_rates(
     if rule == "paper":
         slopes, factor = 8.0 * np.arange(heads) / heads, 1.0 - layer / depth
     else:
-        slopes, factor = alibi_slopes(heads), 1.0 - layer / max(depth - 1, 1) + 1e-5
+        slopes, factor = alibi_slopes(heads), (max(depth - 1, 1) - layer) / max(depth - 1, 1) + 1e-5
     return jnp.asarray(slopes, jnp.float32) * (factor if layer_factor else 1.0)
 
 
