@@ -127,7 +127,7 @@ def measure(title: str, rivals: list[Rival], rounds: int, target: float | None =
             else "  ratio min {ratio_min:.3f} median {ratio_median:.3f} cpu {ratio_cpu:.3f}".format(**row)
         )
         print(
-            f"  {rival.name:18s} median {row['median_ms']:9.1f} ms  min {row['min_ms']:9.1f}  cpu {row['min_cpu_ms']:9.1f}"
+            f"  {rival.name:18s} median {row['median_ms']:9.1f} ms  min {row['min_ms']:9.1f}  cpu {row['min_cpu_ms']:9.1f}"  # noqa: E501
             f"{ratio}{memory}",
             flush=True,
         )
