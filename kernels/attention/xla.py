@@ -22,6 +22,7 @@ from kernels.attention import plan, reference
 from kernels.attention.masks import Mask
 from kernels.attention.plan import Plan, Tables, cut, put
 from kernels.tokens import Tokens
+from kernels.varying import alike
 
 
 def supports(case: Any) -> str | None:
@@ -75,7 +76,7 @@ def attention(
         float(soft_cap),
         blocks or plan.choose_blocks(q.shape, k.shape, v.shape),
     )
-    q, k, v, sinks = _alike((q, k, v, sinks), q, k, v, sinks)
+    q, k, v, sinks = alike((q, k, v, sinks), q, k, v, sinks)
     return _attention(plans, q, k, v, sinks, tables)
 
 
@@ -134,7 +135,7 @@ def _forward(
                 jnp.zeros((per, rows), dtype) if sink is None else (sink > -jnp.inf).astype(dtype),
                 jnp.zeros((per, rows, value_width), dtype),
             )
-            top, total, sum_ = plan.visit(tables.lists, b, g, i, step, _alike(carry, q))
+            top, total, sum_ = plan.visit(tables.lists, b, g, i, step, alike(carry, q))
             empty = total == 0
             total = jnp.where(empty, 1, total)
             out = (sum_ / total[..., None]).astype(q.dtype)
@@ -150,7 +151,7 @@ def _forward(
         jnp.zeros((batch, plan.q_blocks * size, heads, value_width), q.dtype),
         jnp.zeros((batch, plan.q_blocks * size, heads), dtype),
     )
-    out, lse = _loop(batch * plan.groups, one_group, _alike(outputs, q))
+    out, lse = _loop(batch * plan.groups, one_group, alike(outputs, q))
     out, lse = out[:, :length], lse[:, :length]
     return (out, lse), (q, k, v, sinks, both_tables, out, lse)
 
@@ -211,14 +212,14 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
                 d_query = _slice(d_queries, first, count, 2) + _dot(keys_transposed, ds, 2, 1, dtype)
                 return lax.dynamic_update_slice_in_dim(d_queries, d_query, first, 2), d_keys, d_values
 
-            zeros = _alike(tuple(jnp.zeros((per, size, x.shape[3]), dtype) for x in (k, v)), q)
+            zeros = alike(tuple(jnp.zeros((per, size, x.shape[3]), dtype) for x in (k, v)), q)
             d_queries, d_keys, d_values = plan.visit(tables.lists, b, g, j, step, (d_queries, *zeros))
             d_keys = jnp.swapaxes(d_keys * plan.scale, 0, 1)[None].astype(k.dtype)
             d_values = jnp.swapaxes(d_values, 0, 1)[None].astype(v.dtype)
             return d_queries, put(d_k, d_keys, at), put(d_v, d_values, at)
 
         d_q, d_k, d_v = outputs
-        d_queries = _alike(jnp.zeros((per, width, plan.q_blocks * rows), dtype), q)  # Transposed, as the dots give it.
+        d_queries = alike(jnp.zeros((per, width, plan.q_blocks * rows), dtype), q)  # Transposed, as the dots give it.
         d_queries, d_k, d_v = _loop(plan.k_blocks, one_block, (d_queries, d_k, d_v))
         d_queries = plan.join_rows(jnp.swapaxes(d_queries * plan.scale, 1, 2)).astype(q.dtype)
         return put(d_q, d_queries[None], (b, 0, g * row_heads, 0)), d_k, d_v
@@ -228,7 +229,7 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
         jnp.zeros((batch, plan.k_blocks * size, *k.shape[2:]), k.dtype),
         jnp.zeros((batch, plan.k_blocks * size, *v.shape[2:]), v.dtype),
     )
-    d_q, d_k, d_v = _loop(batch * plan.groups, one_group, _alike(outputs, q))
+    d_q, d_k, d_v = _loop(batch * plan.groups, one_group, alike(outputs, q))
     return d_q[:, :length], d_k[:, : k.shape[1]], d_v[:, : v.shape[1]], d_sinks, None
 
 
@@ -254,17 +255,6 @@ def _finite_at(values: Array, width: int) -> Array:
 def _dot(a: Array, b: Array, contract_a: int, contract_b: int, dtype: Any) -> Array:
     """Batched over axis 0, accumulated in `dtype`."""
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((0,), (0,))), preferred_element_type=dtype)
-
-
-def _alike(tree: Any, *sources: Array | None) -> Any:
-    """The tree, marked as varying over the `shard_map` axes of the sources: what loops carry must not change kind."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in sources if x is not None))
-
-    def vary(x: Array) -> Array:
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)
 
 
 def _slice(x: Array, first: Array, count: int, axis: int = 1) -> Array:

@@ -11,6 +11,7 @@ from kernels.lightning import cost, reference, xla
 from kernels.lightning.decay import decay_rates
 from kernels.lightning.timeline import timeline
 from kernels.tokens import Tokens, sequence
+from kernels.varying import alike
 
 __all__ = ["Case", "IMPLEMENTATIONS", "cost", "decay_rates", "lightning_attention"]
 
@@ -61,9 +62,8 @@ def lightning_attention(
     """
     _check(q, k, v, decay, tokens, initial_state, chunk)
     chosen = dispatch.choose("lightning", implementation, IMPLEMENTATIONS, Case(q.shape, v.shape, q.dtype, chunk))
-    # A product over no tokens: zeros with the sharding that the state will have (also inside shard_map).
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    zeros = jnp.einsum("bthd,bthe->bhde", k[:, :0], v[:, :0], preferred_element_type=wide)
+    zeros = alike(jnp.zeros((q.shape[0], *q.shape[2:], v.shape[3]), wide), k, v)
     state = zeros if initial_state is None else initial_state.astype(wide) + zeros
     if tokens is None and chosen.name != "xla":
         tokens = sequence(q.shape[1])

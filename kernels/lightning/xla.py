@@ -117,7 +117,6 @@ def _walk(step, chunk, decay, moments, state, buffers, reverse=False):
     chunk = min(chunk, max(length, 1))
     whole, rest = divmod(length, chunk)
     tables = _tables(decay, moments, chunk, state.dtype)
-    rest_tables = _tables(decay, moments, rest, state.dtype)
 
     def body(i, carry):
         start = (whole - 1 - i if reverse else i) * chunk
@@ -127,7 +126,8 @@ def _walk(step, chunk, decay, moments, state, buffers, reverse=False):
         if not rest:
             return carry
         start = whole * chunk
-        return step(_Cut(start, rest, moments, narrow, state.dtype), rest_tables(start), *carry)
+        tables = _tables(decay, moments, rest, state.dtype)
+        return step(_Cut(start, rest, moments, narrow, state.dtype), tables(start), *carry)
 
     carry = (state, tuple(_bits(x) for x in buffers))
     carry = last(carry) if reverse else carry
