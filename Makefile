@@ -4,6 +4,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help quickstart test check lint format types lock clean
 
+# Tests run in one process per core, at most four; ARGS="tests/test_masks.py -k window" chooses, WORKERS= runs in one.
+WORKERS ?= -n auto --maxprocesses=4 --dist worksteal
+
 # Variables that a run on this machine should have; see docs/architecture.md, "Speed on CPU".
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
@@ -14,7 +17,7 @@ quickstart: ## Train small language models with three attentions, compare them, 
 	@python=$$(tools/environment) && "$$python" train.py --sweep=configs/sweeps/quickstart.py
 
 test: ## Run all tests (under 15 minutes on 2 cores)
-	@python=$$(tools/environment dev) && JAX_PLATFORMS=cpu "$$python" -m pytest $(ARGS)
+	@python=$$(tools/environment dev) && JAX_PLATFORMS=cpu "$$python" -m pytest $(WORKERS) $(ARGS)
 
 check: lint types ## Linter, formatter and type checker
 
