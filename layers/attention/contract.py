@@ -35,10 +35,9 @@ class Attention(nnx.Module, abc.ABC):
     with the same options. The contract suite runs on every registered variant.
     """
 
+    setting: Setting
     #: Causal variants pass the causality and decode tests; others declare False and are tested without.
     causal = True
-    #: All-reduces of the residual's size in one layer's forward pass under tensor parallelism (its W_O).
-    all_reduces = 1
 
     @abc.abstractmethod
     def __call__(
@@ -70,6 +69,11 @@ class Attention(nnx.Module, abc.ABC):
     @abc.abstractmethod
     def cache_bytes(self, length: int, itemsize: int, tensor_parallel: int = 1) -> int:
         """Bytes remembered per row of `length` tokens on one device; entries have `itemsize` bytes per number."""
+
+    def all_reduces(self) -> dict[int, int]:
+        """Sums over devices in one forward pass under tensor parallelism, and no other communication: numbers per
+        token -> how many such sums. By default the one after the output projection."""
+        return {self.setting.width: 1}
 
 
 _VARIANTS: dict[str, type[Attention]] = {}

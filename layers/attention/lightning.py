@@ -139,3 +139,6 @@ class LightningAttention(Attention):
 
     def cache_bytes(self, length: int, itemsize: int, tensor_parallel: int = 1) -> int:
         return self.heads // tensor_parallel * self._key_dim * self.value_dim * 4  # The state is float32.
+
+    def all_reduces(self) -> dict[int, int]:
+        return {self.setting.width: 1, 1: 1}  # The mean square of the output norm spans all heads.
