@@ -51,7 +51,7 @@ def model() -> ml_collections.ConfigDict:
     config.init_std = 0.02  # Normal initialisation of matrices; residual outputs are divided by sqrt(2 depth).
     config.param_dtype = "float32"  # Stored weights.
     config.compute_dtype = "float32"  # Activations and matrix products: float32 | bfloat16.
-    config.scan_layers = True  # Stack equal blocks in one lax.scan: short compile times.
+    config.scan_layers = "auto"  # Equal blocks in one lax.scan: "always", "never", "auto" (not on one CPU device).
     config.remat = "none"  # none | full | dots (keep matrix products) : what the backward pass recomputes.
     config.attention_implementation = ""  # "" chooses by platform and shape; a name obeys or raises.
     return config

@@ -52,7 +52,7 @@ def choose(
         if reason is not None:
             raise NotImplementedError(f"{op_name}: implementation {requested!r} cannot do this case: {reason}")
         return candidates[requested]
-    platform = platform or _default_platform()
+    platform = platform or default_platform()
     refused = []
     for name, candidate in candidates.items():
         reason = f"not for {platform}" if platform not in candidate.platforms else candidate.supports(case)
@@ -63,7 +63,7 @@ def choose(
     raise NotImplementedError(f"{op_name}: no implementation can do this case on {platform} ({'; '.join(refused)})")
 
 
-def _default_platform() -> str:
+def default_platform() -> str:
     """The platform work goes to: that of `jax_default_device` where it is set, else of the default backend."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
     if device is None:

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from kernels.attention.masks import EMPTY, FULL, Mask
+from kernels.bits import bits, floats
 from kernels.tokens import Tokens
 
 
@@ -156,23 +157,27 @@ def _pick(x: Array, i: Array) -> Array:
 
 def cut(x: Array, at: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
     """`dynamic_slice` at whole numbers of any kind."""
-    return lax.dynamic_slice(x, tuple(jnp.asarray(n, jnp.int32) for n in at), shape)
+    return floats(lax.dynamic_slice(bits(x), tuple(jnp.asarray(n, jnp.int32) for n in at), shape), x.dtype)
 
 
 def put(x: Array, part: Array, at: tuple[Any, ...]) -> Array:
-    """`dynamic_update_slice` at whole numbers of any kind."""
-    return lax.dynamic_update_slice(x, part, tuple(jnp.asarray(n, jnp.int32) for n in at))
+    """`dynamic_update_slice` of the bits of an array, at whole numbers of any kind."""
+    return lax.dynamic_update_slice(x, bits(part), tuple(jnp.asarray(n, jnp.int32) for n in at))
 
 
 def choose_blocks(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[Blocks, Blocks]:
-    """Block sizes of forward and backward for these shapes, as measured (docs/notes-attention.md)."""
+    """Block sizes of forward and backward for these shapes, as measured (docs/notes-attention.md).
+
+    XLA's CPU backend gives a dot to several cores only from about 2^17 scores per head on.
+    """
     ratio, few = q[2] // k[2], 32
     heads = max(n for n in range(1, 5) if k[2] % n == 0)
-    block_q = _even(q[1], max(256 // ratio, few))
     if q[1] * ratio <= few:  # Decoding: the keys are read once whatever the order, so one step for all of them.
         block_k = _even(k[1], (1 << 19) // (heads * q[1] * ratio))
         return Blocks(q[1], block_k, heads), Blocks(q[1], _even(k[1], 512), heads)
-    return Blocks(block_q, _even(k[1], 256), heads, 2), Blocks(block_q, _even(k[1], 256), heads, 2)
+    block_k = _even(k[1], 512)
+    forward, backward = (_even(q[1], max(rows // ratio, few)) for rows in (512, 256))
+    return Blocks(forward, block_k, heads), Blocks(backward, block_k, heads)
 
 
 def make(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from kernels.attention import plan, reference
 from kernels.attention.masks import Mask
 from kernels.attention.plan import Plan, Tables, cut, put
+from kernels.bits import bits, floats, stored
 from kernels.tokens import Tokens
 from kernels.varying import alike
 
@@ -148,11 +149,11 @@ def _forward(
         return _loop(plan.q_blocks, one_block, outputs)
 
     outputs = (
-        jnp.zeros((batch, plan.q_blocks * size, heads, value_width), q.dtype),
+        jnp.zeros((batch, plan.q_blocks * size, heads, value_width), stored(q.dtype)),
         jnp.zeros((batch, plan.q_blocks * size, heads), dtype),
     )
     out, lse = _loop(batch * plan.groups, one_group, alike(outputs, q))
-    out, lse = out[:, :length], lse[:, :length]
+    out, lse = floats(out, q.dtype)[:, :length], lse[:, :length]
     return (out, lse), (q, k, v, sinks, both_tables, out, lse)
 
 
@@ -225,11 +226,11 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
         return put(d_q, d_queries[None], (b, 0, g * row_heads, 0)), d_k, d_v
 
     outputs = (
-        jnp.zeros((batch, plan.q_blocks * plan.block_q, heads, width), q.dtype),
-        jnp.zeros((batch, plan.k_blocks * size, *k.shape[2:]), k.dtype),
-        jnp.zeros((batch, plan.k_blocks * size, *v.shape[2:]), v.dtype),
+        jnp.zeros((batch, plan.q_blocks * plan.block_q, heads, width), stored(q.dtype)),
+        jnp.zeros((batch, plan.k_blocks * size, *k.shape[2:]), stored(k.dtype)),
+        jnp.zeros((batch, plan.k_blocks * size, *v.shape[2:]), stored(v.dtype)),
     )
-    d_q, d_k, d_v = _loop(batch * plan.groups, one_group, alike(outputs, q))
+    d_q, d_k, d_v = (floats(x, q.dtype) for x in _loop(batch * plan.groups, one_group, alike(outputs, q)))
     return d_q[:, :length], d_k[:, : k.shape[1]], d_v[:, : v.shape[1]], d_sinks, None
 
 
@@ -258,7 +259,7 @@ def _dot(a: Array, b: Array, contract_a: int, contract_b: int, dtype: Any) -> Ar
 
 
 def _slice(x: Array, first: Array, count: int, axis: int = 1) -> Array:
-    return lax.dynamic_slice_in_dim(x, first, count, axis)
+    return floats(lax.dynamic_slice_in_dim(bits(x), first, count, axis), x.dtype)
 
 
 def _loop(count: int, body: Any, carry: Any) -> Any:

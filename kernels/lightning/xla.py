@@ -8,8 +8,7 @@ state or scores.
 Chunks are cut from [B, T, H, D] where they lie and written back in place, so no transposed copy of the sequence exists;
 a last, shorter chunk is a step of its own rather than padding. Buffers start as copies of inputs of the same shape and
 are overwritten in full: that gives them their sharding, under shard_map too. Two-byte floats are cut and written as
-integers: XLA's CPU backend does slices and updates of bfloat16 in float32 and would convert the whole sequence in every
-step.
+integers (`kernels.bits`).
 """
 
 import functools
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels.bits import bits, floats
 from kernels.lightning.timeline import Timeline
 
 
@@ -129,12 +129,12 @@ def _walk(step, chunk, decay, moments, state, buffers, reverse=False):
         tables = _tables(decay, moments, rest, state.dtype)
         return step(_Cut(start, rest, moments, narrow, state.dtype), tables(start), *carry)
 
-    carry = (state, tuple(_bits(x) for x in buffers))
+    carry = (state, tuple(bits(x) for x in buffers))
     carry = last(carry) if reverse else carry
     if whole:
         carry = body(0, carry) if whole == 1 else lax.fori_loop(0, whole, body, carry)
     state, buffers = carry if reverse else last(carry)
-    return state, tuple(lax.bitcast_convert_type(x, narrow) for x in buffers)
+    return state, tuple(floats(x, narrow) for x in buffers)
 
 
 class _Cut:
@@ -145,12 +145,12 @@ class _Cut:
         self.valid = None if moments is None else _slice(moments.valid, start, size)[..., None, None]
 
     def __call__(self, x):
-        part = lax.bitcast_convert_type(_slice(_bits(x), self.start, self.size), x.dtype)
+        part = floats(_slice(bits(x), self.start, self.size), x.dtype)
         return jnp.swapaxes(self._clean(part).astype(self.wide), 1, 2)
 
-    def back(self, bits, part):
+    def back(self, buffer, part):
         part = self._clean(jnp.swapaxes(part, 1, 2).astype(self.narrow))
-        return lax.dynamic_update_slice_in_dim(bits, _bits(part), self.start, axis=1)
+        return lax.dynamic_update_slice_in_dim(buffer, bits(part), self.start, axis=1)
 
     def _clean(self, x):
         return x if self.valid is None else jnp.where(self.valid, x, 0)
@@ -189,10 +189,6 @@ def _tables(decay, moments, size, wide):
         )
 
     return at
-
-
-def _bits(x):
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
 def _slice(x, start, size):
