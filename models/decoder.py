@@ -68,14 +68,16 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """`repeats` rounds of a pattern of blocks; the parameters of equal blocks are stacked on a leading axis."""
 
-    def __init__(self, setting: Setting, pattern: Sequence[Spec], repeats: int, first: int, key: jax.Array) -> None:
-        self.repeats, self.first, self.period = repeats, first, len(pattern)
-        self.blocks = nnx.List(
-            [
-                _stacked(setting, spec, key, first + place + self.period * jnp.arange(repeats))
-                for place, spec in enumerate(pattern)
-            ]
-        )
+    def __init__(self, blocks: Sequence[Block], repeats: int, first: int) -> None:
+        """`blocks` are one round, their arrays stacked; `first` is the number of the first layer."""
+        self.repeats, self.first, self.period = repeats, first, len(blocks)
+        self.blocks = nnx.List(list(blocks))
+
+    @classmethod
+    def create(cls, setting: Setting, pattern: Sequence[Spec], repeats: int, first: int, key: jax.Array) -> "Stack":
+        """New blocks after `pattern`."""
+        layers = [first + place + len(pattern) * jnp.arange(repeats) for place in range(len(pattern))]
+        return cls([_stacked(setting, spec, key, at) for spec, at in zip(pattern, layers, strict=True)], repeats, first)
 
     def scan(self, x: Array, tokens: Tokens, remat: str) -> tuple[Array, dict[str, Array]]:
         """All rounds in one `lax.scan`; what the layers return is stacked over rounds."""
@@ -98,9 +100,16 @@ class Stack(nnx.Module):
 
     def unrolled(self) -> list[Block]:
         """The blocks one by one, in order."""
+        return self._cut(lambda leaf, i: leaf[i])
+
+    def apart(self) -> list["Stack"]:
+        """The blocks as stacks of one, in order."""
+        return [Stack([block], 1, self.first + i) for i, block in enumerate(self._cut(lambda leaf, i: leaf[i : i + 1]))]
+
+    def _cut(self, cut: Callable[[Array, int], Array]) -> list[Block]:
         split = [nnx.split(block) for block in self.blocks]
         return [
-            nnx.merge(definition, jax.tree.map(lambda leaf, i=i: leaf[i], state))
+            nnx.merge(definition, jax.tree.map(lambda leaf, i=i: cut(leaf, i), state))
             for i in range(self.repeats)
             for definition, state in split
         ]
@@ -135,7 +144,7 @@ class DecoderLM(nnx.Module):
         self.embedding = Embedding(setting, rows, scale=embedding_scale, rngs=rngs)
         key, self.stacks, first = rngs.params(), nnx.List([]), 0
         for pattern, repeats in segments(specs):
-            self.stacks.append(Stack(setting, pattern, repeats, first, key))
+            self.stacks.append(Stack.create(setting, pattern, repeats, first, key))
             first += len(pattern) * repeats
         self.norm = Norm(setting, setting.width, **norm)
         self.head = None if tie_embeddings else Linear(setting, setting.width, rows, axes=("embed", "vocab"), rngs=rngs)
@@ -207,6 +216,12 @@ class DecoderLM(nnx.Module):
         dtype = dtype or self.setting.compute_dtype
         layers = tuple(block.attention.init_cache(batch, length, dtype) for block in self.layers())
         return Caches(layers, jnp.zeros((batch,), jnp.int32))
+
+    def unstacked(self) -> "DecoderLM":
+        """A copy whose blocks are stored one by one: a loop over decoding steps then cuts no stacked weights."""
+        model = nnx.merge(*nnx.split(self))
+        model.stacks = nnx.List([single for stack in model.stacks for single in stack.apart()])
+        return model
 
     def layers(self) -> list[Block]:
         """Every block by itself, in order."""

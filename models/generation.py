@@ -63,7 +63,7 @@ def prefill(model: DecoderLM, ids: Int[Array, "B T"], lengths: Int[Array, "B"], 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(definition, sampling: Sampling, steps: int, state, ids, lengths, stops, key, limit) -> Array:
-    model = nnx.merge(definition, state)
+    model = nnx.merge(definition, state).unstacked()
     batch = ids.shape[0]
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
     logits, caches = prefill(model, ids, lengths, model.init_caches(batch, ids.shape[1] + steps))

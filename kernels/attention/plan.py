@@ -166,7 +166,7 @@ def put(x: Array, part: Array, at: tuple[Any, ...]) -> Array:
 
 
 def choose_blocks(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[Blocks, Blocks]:
-    """Block sizes of forward and backward for these shapes, as measured (docs/notes-attention.md).
+    """Block sizes of forward and backward for these shapes, as measured (docs/kernels.md).
 
     XLA's CPU backend gives a dot to several cores only from about 2^17 scores per head on.
     """

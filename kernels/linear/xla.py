@@ -1,6 +1,6 @@
 """The dense layer with its own backward pass, as plain dots (GPU, TPU) and as the dots XLA's CPU backend is fast at.
 
-What the CPU form does and why (measured figures: docs/notes-lightning-linear.md):
+What the CPU form does and why (measured figures: docs/kernels.md):
 
 - Rank 2: rows are flattened first. Everything around the dots (bias, activation and its backward) then runs on rank 2,
   which is where most of the gain in a training step comes from.
