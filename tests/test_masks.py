@@ -1,5 +1,6 @@
 """Masks: the rule of each against its definition, composition, and the promise that block classes never lie."""
 
+import dataclasses
 import itertools
 
 import hypothesis.strategies as st
@@ -42,11 +43,70 @@ def test_each_mask_is_its_definition() -> None:
         masks.predicate(lambda q, k: q.frame == k.frame, ("q.frame", "k.frame")): lambda b, t, s: (
             q.frame[b, t] == k.frame[b, s]
         ),
+        masks.frames(): lambda b, t, s: q.frame[b, t] == k.frame[b, s] and q.frame[b, t] >= 0,
+        masks.across_modalities(): lambda b, t, s: q.modality[b, t] != k.modality[b, s] and k.prompt[b, s],
+        masks.across_modalities(1, 0): lambda b, t, s: (
+            q.modality[b, t] == 1 and k.modality[b, s] == 0 and k.prompt[b, s]
+        ),
+        masks.composite(1): lambda b, t, s: q.modality[b, t] != 1 or q.index[b, t] == k.index[b, s],
     }
     for mask, rule in expected.items():
         allowed = np.asarray(jnp.broadcast_to(mask.allowed(q, k), (2, 1, 7, 9)))
         for b, t, s in itertools.product(range(2), range(7), range(9)):
             assert allowed[b, 0, t, s] == rule(b, t, s), (mask, b, t, s)
+
+
+def test_masks_with_arrays_are_their_definition() -> None:
+    """Windows per head, explicit blocks, chosen keys and spans; known and traced arrays alike."""
+    rng = np.random.default_rng(4)
+    q, k = columns(rng, 2, 7), columns(rng, 2, 9)
+    q, k = (dataclasses.replace(side, index=side.index - 2) for side in (q, k))
+    sizes, sinks = np.array([1, 3, 6]), np.array([0, 2, 1])
+    live = rng.random((2, 3, 3, 4)) < 0.5
+    chosen, first = rng.random((2, 1, 9)) < 0.5, rng.integers(-3, 9, (1, 3, 9))
+    last, begin = first + rng.integers(0, 8, (1, 3, 9)), rng.integers(-3, 9, (2, 7))
+
+    def block(b: int, h: int, i: int, j: int) -> bool:
+        return 0 <= i < 3 and 0 <= j < 4 and live[b, h, i, j]
+
+    definitions = [
+        (masks.head_windows, (sizes, sinks), lambda b, h, t, s, i, j: i - j < sizes[h] or j - k.start[b, s] < sinks[h]),
+        (lambda live: masks.blocks(live, 3, 2), (live,), lambda b, h, t, s, i, j: block(b, h, i // 3, j // 2)),
+        (masks.keys, (chosen,), lambda b, h, t, s, i, j: chosen[b, 0, s]),
+        (masks.spans_of_keys, (first, last), lambda b, h, t, s, i, j: first[0, h, s] <= i < last[0, h, s]),
+        (masks.spans_of_queries, (begin, begin + 3), lambda b, h, t, s, i, j: begin[b, t] <= j < begin[b, t] + 3),
+    ]
+    for build, arrays, rule in definitions:
+        for mask in (build(*arrays), build(*map(jnp.asarray, arrays))):
+            allowed = np.broadcast_to(mask.allowed(q, k), (2, 3, 7, 9))
+            for b, h, t, s in np.ndindex(allowed.shape):
+                expected = rule(b, h, t, s, int(q.index[b, t]), int(k.index[b, s]))
+                assert allowed[b, h, t, s] == expected, (mask, b, h, t, s)
+            for size in ((1, 1), (2, 3), (3, 2), (4, 5)):
+                assert_classes_are_true(mask, q, k, *size)
+            np.testing.assert_array_equal(
+                mask.materialise(q, k, slice(1, 5), slice(2, 9)), mask.allowed(q, k)[:, :, 1:5, 2:9]
+            )
+
+
+def test_two_masks_of_a_kind_keep_their_arrays_apart() -> None:
+    tokens, (a, b) = sequence(6), (masks.keys(np.arange(6) < 2), masks.keys(np.arange(6) % 2 == 0))
+    x, y = (np.asarray(mask.allowed(tokens, tokens)) for mask in (a, b))
+    np.testing.assert_array_equal((a | ~b).allowed(tokens, tokens), x | ~y)
+    np.testing.assert_array_equal(
+        ((a & b) | (b & masks.causal())).allowed(tokens, tokens), x & y | y & np.tri(6, dtype=bool)
+    )
+
+
+def test_block_maps_are_classified_exactly_at_any_block_size() -> None:
+    """A coarse block of a fine map is full if all of it is live, empty if none of it is."""
+    live = np.ones((4, 4), bool)
+    live[2:, :2], live[0, 3] = False, False
+    tokens = sequence(32)
+    status = masks.blocks(live, 8).classify(tokens, tokens, 16, 16)
+    np.testing.assert_array_equal(status[0, 0], [[FULL, PARTIAL], [EMPTY, FULL]])
+    fine = masks.blocks(live, 8).classify(tokens, tokens, 4, 4)[0, 0]
+    np.testing.assert_array_equal(fine, np.where(live, FULL, EMPTY).repeat(2, 0).repeat(2, 1))
 
 
 def test_composition_is_set_algebra() -> None:
@@ -88,6 +148,12 @@ def test_only_the_columns_read_are_needed_and_absent_ones_are_named() -> None:
     [
         (lambda: masks.sliding_window(0), "at least 1"),
         (lambda: masks.sink_tokens(-1), "at least 0"),
+        (lambda: masks.head_windows([4, 0]), "at least 1"),
+        (lambda: masks.head_windows([4, 2], [1, 1, 1]), "3 numbers of sinks for 2 heads"),
+        (lambda: masks.blocks(np.ones(4, bool), 2), "nq, nk"),
+        (lambda: masks.blocks(np.ones((2, 2), bool), 0), "at least 1"),
+        (lambda: masks.keys(np.ones(4)), "booleans"),
+        (lambda: masks.spans_of_keys(np.zeros(3), np.ones(3)), "whole numbers"),
         (lambda: masks.predicate(lambda q, k: True, ("q.colour",)), "q.colour"),
         (lambda: masks.predicate(lambda q, k: True, ("index",)), "index"),
     ],
@@ -114,6 +180,10 @@ LEAVES = st.one_of(
     st.just(masks.segments()),
     st.just(masks.valid()),
     st.just(masks.prefix()),
+    st.just(masks.frames()),
+    st.sampled_from([masks.across_modalities(), masks.across_modalities(1, 0), masks.composite(1)]),
+    st.just(masks.head_windows([2, 5], 1)),
+    st.integers(0, 99).map(lambda seed: masks.blocks(np.random.default_rng(seed).random((5, 4)) < 0.6, 3, 4)),
     st.just(masks.predicate(lambda q, k: q.frame >= k.frame, ("q.frame", "k.frame"), by_block=True)),
     st.just(masks.predicate(lambda q, k: q.frame != k.frame, ("q.frame", "k.frame"), by_block=True)),
     st.just(
@@ -226,8 +296,8 @@ def test_per_head_masks_are_a_small_addition() -> None:
         np.testing.assert_array_equal(allowed[0, head], expected)
     status = assert_classes_are_true(mask, sequence(20), sequence(20), 4, 4)
     assert (status[0, 0] == EMPTY).sum() > (status[0, 2] == EMPTY).sum()
-    with pytest.raises(ValueError, match=r"two parts bring a column q\.window"):
-        (HeadWindows((1,)) & HeadWindows((2,))).materialise(4)
+    both = (HeadWindows((1, 9)) & HeadWindows((2, 3))).materialise(6)
+    np.testing.assert_array_equal(both[0], HeadWindows((1, 3)).materialise(6)[0])
 
 
 def test_block_lists_are_a_small_addition_and_pass_through_jit() -> None:

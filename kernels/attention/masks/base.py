@@ -9,7 +9,9 @@ inside a mask through `jit`.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import operator
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int8
 
-from kernels.attention.intervals import Interval, Truth
+from kernels.attention.masks.intervals import Interval, Truth
 from kernels.tokens import Tokens
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -89,30 +91,43 @@ class Mask:
             if column is None:
                 column = np.full((1, tokens.index.shape[-1]), _DEFAULTS[name])
             columns[name] = column[:, None]
-        for mask in self._leaves():
-            for name, column in mask.extra(side, tokens.index.shape[-1]).items():
-                if name in columns:
-                    raise ValueError(f"mask {self}: two parts bring a column {side}.{name}")
-                columns[name] = column
+        for path, leaf in self._leaves():
+            own = leaf.extra(side, tokens.index.shape[-1])
+            columns.update({path + name: column for name, column in own.items()})
         return columns
 
-    def _leaves(self) -> Iterable["Mask"]:
-        yield from (leaf for part in self.parts for leaf in part._leaves())
+    def _leaves(self) -> Iterable[tuple[str, "Mask"]]:
+        """The masks that are no composition, with the path to each: "1/0/" is the first part of the second part."""
+        yield from ((f"{i}/{path}", leaf) for i, part in enumerate(self.parts) for path, leaf in part._leaves())
         if not self.parts:
-            yield self
+            yield "", self
+
+    def _of_part(self, i: int, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """What part `i` sees: the columns of tokens, and its own."""
+        own = f"{i}/"
+        return {name.removeprefix(own): x for name, x in columns.items() if name.startswith(own) or "/" not in name}
+
+    def _answers(self, method: str, q: Mapping[str, Any], k: Mapping[str, Any]) -> Iterable[Any]:
+        return (getattr(part, method)(self._of_part(i, q), self._of_part(i, k)) for i, part in enumerate(self.parts))
 
     def pairs(self, q: dict[str, Array], k: dict[str, Array]) -> Any:
         """The rule on arrays already shaped to broadcast against each other (either way round)."""
         return self.rule(SimpleNamespace(**q), SimpleNamespace(**k))
 
+    def block_pairs(self, q: dict[str, Any], k: dict[str, Any]) -> Truth:
+        """The rule on blocks: columns are `Interval`s and `Truth`s that broadcast against each other."""
+        return self.block_rule(SimpleNamespace(**q), SimpleNamespace(**k))
+
     def allowed(self, q: Tokens, k: Tokens) -> Bool[Array, "B|1 H|1 T S"]:
         """True where query t may attend to key s; one batch row (or head) where all agree."""
-        q_columns, k_columns = self.prepare(q, k)
-        q_columns = {name: column[..., :, None] for name, column in q_columns.items()}
-        k_columns = {name: column[..., None, :] for name, column in k_columns.items()}
-        answer = jnp.asarray(self.pairs(q_columns, k_columns))
+        return self._map(*self.prepare(q, k), q.index.shape[-1], k.index.shape[-1])
+
+    def _map(self, q: dict[str, Array], k: dict[str, Array], length: int, keys: int) -> Bool[Array, "B|1 H|1 T S"]:
+        q = {name: column[..., :, None] for name, column in q.items()}
+        k = {name: column[..., None, :] for name, column in k.items()}
+        answer = jnp.asarray(self.pairs(q, k))
         answer = answer.reshape((1,) * (4 - answer.ndim) + answer.shape)
-        return jnp.broadcast_to(answer, (*answer.shape[:2], q.index.shape[-1], k.index.shape[-1]))
+        return jnp.broadcast_to(answer, (*answer.shape[:2], length, keys))
 
     def materialise(
         self, q: Tokens | int, k: Tokens | int | None = None, rows: slice = slice(None), keys: slice = slice(None)
@@ -120,7 +135,9 @@ class Mask:
         """`allowed` on a slice of the map. An int is a plain sequence of that length; no `k` is self-attention."""
         q = _tokens(q)
         k = q if k is None else _tokens(k)
-        return self.allowed(q.map(lambda column: column[:, rows]), k.map(lambda column: column[:, keys]))
+        chosen = zip(self.prepare(q, k), (q, k), (rows, keys), strict=True)
+        sides = [({n: c[..., part] for n, c in side.items()}, t.index[:, part].shape[-1]) for side, t, part in chosen]
+        return self._map(sides[0][0], sides[1][0], sides[0][1], sides[1][1])
 
     def classify(self, q: Tokens, k: Tokens, block_q: int, block_k: int) -> Int8[Array, "B|1 H|1 nq nk"]:
         """EMPTY, PARTIAL or FULL for every block, without looking at pairs; NumPy in, NumPy out.
@@ -135,7 +152,7 @@ class Mask:
         """`classify` on the columns that `prepare` gave."""
         q_blocks = {name: _bounds(column, block_q, 3) for name, column in q.items()}
         k_blocks = {name: _bounds(column, block_k, 2) for name, column in k.items()}
-        truth = self.block_rule(SimpleNamespace(**q_blocks), SimpleNamespace(**k_blocks))
+        truth = self.block_pairs(q_blocks, k_blocks)
         xp = jnp if any(isinstance(x, jax.Array) for x in (truth.possible, truth.certain)) else np
         status = xp.where(truth.certain, np.int8(FULL), xp.where(truth.possible, np.int8(PARTIAL), np.int8(EMPTY)))
         status = status.reshape((1,) * (4 - status.ndim) + status.shape)
@@ -143,7 +160,7 @@ class Mask:
 
     def draw(self, length: int | Tokens, *, block: int = 0, head: int = 0) -> Any:
         """A matplotlib figure of the map, with the classes of the blocks shaded where `block` is given."""
-        from kernels.attention.picture import draw
+        from kernels.attention.masks.picture import draw
 
         return draw(self, _tokens(length), block=block, head=head)
 
@@ -176,10 +193,10 @@ class And(Mask):
         return self.terms
 
     def pairs(self, q: dict[str, Array], k: dict[str, Array]) -> Any:
-        return _fold(lambda a, b: a & b, (term.pairs(q, k) for term in self.terms))
+        return functools.reduce(operator.and_, self._answers("pairs", q, k))
 
-    def block_rule(self, q: Any, k: Any) -> Truth:
-        return _fold(lambda a, b: a & b, (term.block_rule(q, k) for term in self.terms))
+    def block_pairs(self, q: dict[str, Any], k: dict[str, Any]) -> Truth:
+        return functools.reduce(operator.and_, self._answers("block_pairs", q, k))
 
     def __repr__(self) -> str:
         return "(" + " & ".join(map(repr, self.terms)) + ")"
@@ -196,10 +213,10 @@ class Or(Mask):
         return self.terms
 
     def pairs(self, q: dict[str, Array], k: dict[str, Array]) -> Any:
-        return _fold(lambda a, b: a | b, (term.pairs(q, k) for term in self.terms))
+        return functools.reduce(operator.or_, self._answers("pairs", q, k))
 
-    def block_rule(self, q: Any, k: Any) -> Truth:
-        return _fold(lambda a, b: a | b, (term.block_rule(q, k) for term in self.terms))
+    def block_pairs(self, q: dict[str, Any], k: dict[str, Any]) -> Truth:
+        return functools.reduce(operator.or_, self._answers("block_pairs", q, k))
 
     def __repr__(self) -> str:
         return "(" + " | ".join(map(repr, self.terms)) + ")"
@@ -216,10 +233,12 @@ class Not(Mask):
         return (self.part,)
 
     def pairs(self, q: dict[str, Array], k: dict[str, Array]) -> Any:
-        return ~self.part.pairs(q, k)
+        (answer,) = self._answers("pairs", q, k)
+        return ~answer
 
-    def block_rule(self, q: Any, k: Any) -> Truth:
-        return ~self.part.block_rule(q, k)
+    def block_pairs(self, q: dict[str, Any], k: dict[str, Any]) -> Truth:
+        (answer,) = self._answers("block_pairs", q, k)
+        return ~answer
 
     def __repr__(self) -> str:
         return f"~{self.part!r}"
@@ -231,143 +250,12 @@ class Everything(Mask):
         return np.ones((1, 1, 1, 1), bool)
 
 
-@expression
-class Causal(Mask):
-    reads = ("q.index", "k.index")
-
-    def rule(self, q: Any, k: Any) -> Any:
-        return q.index >= k.index
-
-
-@expression
-class SlidingWindow(Mask):
-    size: int
-    name = "sliding_window"
-    reads = ("q.index", "k.index")
-
-    def rule(self, q: Any, k: Any) -> Any:
-        return q.index - k.index < self.size
-
-
-@expression
-class SinkTokens(Mask):
-    count: int
-    name = "sink_tokens"
-    reads = ("k.index", "k.start")
-
-    def rule(self, q: Any, k: Any) -> Any:
-        return k.index - k.start < self.count
-
-
-@expression
-class Segments(Mask):
-    reads = ("q.segment", "k.segment")
-
-    def rule(self, q: Any, k: Any) -> Any:
-        return q.segment == k.segment
-
-
-@expression
-class Valid(Mask):
-    reads = ("k.valid",)
-
-    def rule(self, q: Any, k: Any) -> Any:
-        return k.valid
-
-
-@expression
-class Prefix(Mask):
-    reads = ("k.prompt",)
-
-    def rule(self, q: Any, k: Any) -> Any:
-        return k.prompt
-
-
-@expression
-class Predicate(Mask):
-    function: Callable[[Any, Any], Any]
-    by_block: bool
-    reads: tuple[str, ...] = ()
-
-    def rule(self, q: Any, k: Any) -> Any:
-        return self.function(q, k)
-
-    def block_rule(self, q: Any, k: Any) -> Truth:
-        return Truth.of(self.function(q, k)) if self.by_block else Truth.unknown()
-
-    def __repr__(self) -> str:
-        return f"predicate({getattr(self.function, '__name__', self.function)})"
-
-
-def everything() -> Mask:
-    """Every query attends to every key."""
-    return Everything()
-
-
-def causal() -> Mask:
-    """Keys that do not come after the query: q.index >= k.index."""
-    return Causal()
-
-
-def sliding_window(size: int) -> Mask:
-    """Keys less than `size` before the query (the query's own place counts); alone it does not hide the future."""
-    if size < 1:
-        raise ValueError(f"sliding_window needs a size of at least 1, not {size}")
-    return SlidingWindow(int(size))
-
-
-def sink_tokens(count: int) -> Mask:
-    """The first `count` keys of each document (StreamingLLM, Xiao et al. 2023)."""
-    if count < 0:
-        raise ValueError(f"sink_tokens needs a count of at least 0, not {count}")
-    return SinkTokens(int(count))
-
-
-def segments() -> Mask:
-    """Keys of the query's own packed document."""
-    return Segments()
-
-
-def valid() -> Mask:
-    """Keys that are no padding."""
-    return Valid()
-
-
-def prefix(length: int | None = None) -> Mask:
-    """Keys of the prompt (column `prompt`), or the first `length` keys: `causal() | prefix()` is a prefix LM."""
-    return Prefix() if length is None else sink_tokens(length)
-
-
-def predicate(
-    function: Callable[[Any, Any], Any], reads: Iterable[str] = ("q.index", "k.index"), *, by_block: bool = False
-) -> Mask:
-    """Any rule on token columns: `function(q, k)` sees the columns named in `reads` and returns booleans.
-
-    Blocks are skipped only with `by_block=True`, which promises that `function` uses nothing but comparisons, `+ - *`,
-    `//` by a positive number, and `& | ~`, so that it also runs on intervals.
-    """
-    reads = tuple(reads)
-    for name in reads:
-        side, _, column = name.partition(".")
-        if side not in ("q", "k") or column not in {field.name for field in dataclasses.fields(Tokens)}:
-            raise ValueError(f"predicate reads {name!r}: expected q.<column> or k.<column> with a column of Tokens")
-    return Predicate(function, by_block, reads)
-
-
 def _tokens(tokens: Tokens | int) -> Tokens:
     return tokens if isinstance(tokens, Tokens) else Tokens(index=np.arange(tokens, dtype=np.int32)[None])
 
 
 def _flat(kind: Any, *masks: Any) -> tuple[Mask, ...]:
     return tuple(term for mask in masks for term in (mask.terms if isinstance(mask, kind) else (mask,)))
-
-
-def _fold(function: Callable[[Any, Any], Any], items: Iterable[Any]) -> Any:
-    items = iter(items)
-    answer = next(items)
-    for item in items:
-        answer = function(answer, item)
-    return answer
 
 
 def _bounds(column: Array, block: int, axis: int) -> Interval | Truth:
