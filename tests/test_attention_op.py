@@ -12,6 +12,7 @@ from attention_oracle import CAUSAL, SETTINGS, Setting, allowed_by_hand, arrays,
 from jax.sharding import Mesh, PartitionSpec
 
 from kernels.attention import attention, masks, plan
+from kernels.attention.scores import Change
 from kernels.tokens import Tokens
 
 # Relative RMS against float64, per dtype: output and gradients; absolute for lse.
@@ -249,7 +250,9 @@ def test_exactly_the_live_blocks_are_visited_once(traced, merge, window) -> None
 
     def visits(index):
         both = Tokens(index=index)
-        plans, tables = plan.make(mask, both, both, shape, shape, 1.0, 0.0, 2 * (plan.Blocks(8, 8, 2, merge),))
+        plans, tables = plan.make(
+            mask, both, both, shape, shape, Change(1.0, 0.0, None, False), 2 * (plan.Blocks(8, 8, 2, merge),)
+        )
 
         def count(side, i):
             def step(j, blocks, carry, masked):

@@ -1,7 +1,7 @@
 """The attention op: masked, scored softmax attention with its log-sum-exp, one signature for every implementation."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from kernels import dispatch
 from kernels.attention import masks, reference, xla
 from kernels.attention.masks import Mask
-from kernels.attention.reference import Places
+from kernels.attention.scores import Places
 from kernels.tokens import Tokens
 
 __all__ = ["Case", "IMPLEMENTATIONS", "Places", "attention", "masks", "probabilities"]
@@ -50,15 +50,19 @@ def attention(
     k_tokens: Tokens | None = None,
     scale: float | Array | None = None,
     soft_cap: float = 0.0,
-    sinks: Float[Array, "H"] | None = None,
+    sinks: Float[Array, "B|1 T|1 H"] | None = None,
     bias: Float[Array, "B|1 H|1 T|1 S"] | None = None,
-    score_mod: Callable[[Array, Places], Array] | None = None,
+    score_mod: Callable[..., Array] | None = None,
+    score_arrays: Sequence[Array] = (),
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Softmax attention (Vaswani et al. 2017) of H query heads on Hk key/value heads (Hk divides H).
 
     Scores are scale q.k (scale: D ** -0.5 by default), capped as soft_cap tanh(s / soft_cap) where soft_cap > 0, plus
-    `bias`, passed through `score_mod(scores, places)`, masked; `sinks` adds exp(sinks[h]) to each row's denominator.
+    `bias`, passed through `score_mod(scores, places, *score_arrays)`, masked. `sinks` adds exp(sinks) to the
+    denominators: [H], one number per head, or [B|1, T|1, H], one per row. All of these arrays are differentiable;
+    `score_mod` itself may close over static values only. It sees blocks of the map, so it must go by the numbers in
+    `places`, and stay finite wherever there are queries and keys.
     Returns the output in q's type and the natural log of each row's denominator (sinks included), float32 (float64 for
     float64 inputs); both are differentiable. A row that may attend to nothing gives 0 and -inf, and zero gradients;
     inf or NaN in keys or values that a row may not see never reaches it.
@@ -86,6 +90,7 @@ def attention(
         sinks=sinks,
         bias=bias,
         score_mod=score_mod,
+        score_arrays=tuple(score_arrays),
     )
 
 
@@ -100,9 +105,10 @@ def probabilities(
     k_tokens: Tokens | None = None,
     scale: float | Array | None = None,
     soft_cap: float = 0.0,
-    sinks: Float[Array, "H"] | None = None,
+    sinks: Float[Array, "B|1 T|1 H"] | None = None,
     bias: Float[Array, "B|1 H|1 T|1 S"] | None = None,
-    score_mod: Callable[[Array, Places], Array] | None = None,
+    score_mod: Callable[..., Array] | None = None,
+    score_arrays: Sequence[Array] = (),
 ) -> Float[Array, "B heads rows S"]:
     """Rows of the attention map that `attention` would use, float32: only the given `rows` and `heads` are computed.
 
@@ -122,6 +128,7 @@ def probabilities(
         sinks=sinks,
         bias=bias,
         score_mod=score_mod,
+        score_arrays=tuple(score_arrays),
         rows=_chosen("rows", rows, q.shape[1]),
         heads=_chosen("heads", heads, q.shape[2]),
     )[0]
@@ -165,8 +172,12 @@ def _check(q: Array, k: Array, v: Array, sinks: Any, bias: Any, q_tokens: Any, k
         raise ValueError(f"attention: q must be floating point, not {q.dtype}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k and v must share one type, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if sinks is not None and sinks.shape != q.shape[2:3]:
-        raise ValueError(f"attention: sinks must hold one logit per query head {q.shape[2:3]}, not {sinks.shape}")
+    if sinks is not None:
+        heads, rows = q.shape[2:3], sinks.ndim == 3 and _fits(sinks.shape, q.shape[:3])
+        if sinks.shape[-1:] != heads or not (rows or sinks.ndim == 1):
+            raise ValueError(
+                f"attention: sinks must hold one logit per query head {heads}, or [B|1, T|1, H]; not {sinks.shape}"
+            )
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     if bias is not None and not _fits(bias.shape, shape):
         raise ValueError(f"attention: bias {bias.shape} does not broadcast to {shape}")

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from kernels.attention.masks import EMPTY, FULL, Mask
+from kernels.attention.scores import Change, Inputs, Places
 from kernels.bits import bits, floats
 from kernels.tokens import Tokens
 
@@ -41,20 +42,20 @@ class Lists(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What the loops look up: the blocks to visit, the mask's arrays, and the columns it reads."""
+    """What the loops look up: the blocks to visit, the mask's arrays, the columns it reads, and all of them."""
 
     lists: Lists
     mask_arrays: tuple[Array, ...]
     q: dict[str, Array]
     k: dict[str, Array]
+    tokens: tuple[Tokens, Tokens] | None  # For a function of the caller's on scores.
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything static about one call."""
 
-    scale: float
-    soft_cap: float
+    change: Change
     length: int
     keys: int
     block_q: int
@@ -89,6 +90,14 @@ class Plan:
         """[B, S, ...] to whole key blocks."""
         return _pad(x, self.k_blocks * self.block_k, 0.0)
 
+    def pad_map(self, x: Array | None) -> Array | None:
+        """[B|1, H|1, T|1, S|1] to whole blocks, where an axis of size 1 stands for all."""
+        if x is None:
+            return None
+        wanted = (self.q_blocks * self.block_q, self.k_blocks * self.block_k)
+        missing = [n - m if m > 1 else 0 for n, m in zip(wanted, x.shape[2:], strict=True)]
+        return jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in missing))) if any(missing) else x
+
     def split_rows(self, x: Array) -> Array:
         """[n bq, heads, D] to [kv heads, n rows, D]: blocks of rows, in each the query heads of a kv head in turn."""
         x = x.reshape(-1, self.block_q, self.heads, self.ratio, x.shape[-1])
@@ -111,6 +120,39 @@ class Plan:
         if self.singles:
             carry = lax.fori_loop(0, singles, lambda t, c: step(_pick(single_order, t), 1, c, self.partial), carry)
         return carry
+
+    @property
+    def late(self) -> float:
+        """What scores are multiplied with in the exponential; it saves a pass over them."""
+        return self.change.scale if self.change.linear else 1.0
+
+    def block(
+        self, inputs: Inputs, tables: Tables, b: Array, g: Array, i: Array, j: Array
+    ) -> tuple[tuple[Any, ...], Places, tuple[Any, ...]]:
+        """What changes the scores of query block i and key block j: arrays, places, and where the bias was cut."""
+        heads = self.heads * self.ratio
+        at = (b, g * heads, i * self.block_q, j * self.block_k)
+        sizes = (1, heads, self.block_q, self.block_k)
+        bias = None if inputs.bias is None else cut_shared(inputs.bias, at, sizes)
+        batch, head, query, key = (
+            (first + jnp.arange(size)).reshape((1,) * n + (-1,) + (1,) * (3 - n))
+            for n, (first, size) in enumerate(zip(at, sizes, strict=True))
+        )
+        places = ((None, None), (None, None)) if tables.tokens is None else zip(tables.tokens, (2, 3), strict=True)
+        q, k = (side and side.map(lambda x, n=n: cut_shared(x, (b, at[n]), (1, sizes[n]))) for side, n in places)
+        # Places of padding stand on the last real ones, so that no function meets numbers that do not exist.
+        query, key = jnp.minimum(query, self.length - 1), jnp.minimum(key, self.keys - 1)
+        return (bias, inputs.arrays), Places(batch, head, query, key, q, k), at
+
+    def turned(self, s: Array) -> Array:
+        """Transposed scores [kv heads, bk, rows] as [1, heads, bq, bk]."""
+        s = s.reshape(self.heads, self.block_k, self.ratio, self.block_q)
+        return s.transpose(0, 2, 3, 1).reshape(1, -1, self.block_q, self.block_k)
+
+    def turned_back(self, s: Array) -> Array:
+        """The inverse of `turned`."""
+        s = s.reshape(self.heads, self.ratio, self.block_q, self.block_k)
+        return s.transpose(0, 3, 1, 2).reshape(self.heads, self.block_k, -1)
 
     def where(self, tables: Tables, b: Array, g: Array, i: Array, j: Array, x: Array, other: float) -> Array:
         """Scores x [kv heads, rows, bk] with `other` where the mask forbids."""
@@ -165,6 +207,21 @@ def put(x: Array, part: Array, at: tuple[Any, ...]) -> Array:
     return lax.dynamic_update_slice(x, bits(part), tuple(jnp.asarray(n, jnp.int32) for n in at))
 
 
+def cut_shared(x: Array, at: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
+    """`cut`, where an axis of size 1 stands for all."""
+    return cut(x, _shared(x, at), tuple(1 if n == 1 else m for n, m in zip(x.shape, shape, strict=True)))
+
+
+def add_shared(x: Array, part: Array, at: tuple[Any, ...]) -> Array:
+    """`part` added at a place of x, where an axis of size 1 stands for all."""
+    at = _shared(x, at)
+    return put(x, cut(x, at, part.shape) + part, at)
+
+
+def _shared(x: Array, at: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(0 if n == 1 else first for n, first in zip(x.shape, at, strict=True))
+
+
 def choose_blocks(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[Blocks, Blocks]:
     """Block sizes of forward and backward for these shapes, as measured (docs/kernels.md).
 
@@ -186,8 +243,7 @@ def make(
     k_tokens: Tokens,
     q: tuple[int, ...],
     k: tuple[int, ...],
-    scale: float,
-    soft_cap: float,
+    change: Change,
     blocks: tuple[Blocks, Blocks],
 ) -> tuple[tuple[Plan, Plan], tuple[Tables, Tables]]:
     """Plan and tables of the forward (visited by query blocks) and of the backward (by key blocks).
@@ -196,7 +252,7 @@ def make(
     """
     columns = mask.prepare(q_tokens, k_tokens)
     made = [
-        _make(mask, columns, q, k, scale, soft_cap, size, by_keys)
+        _make(mask, columns, (q_tokens, k_tokens), q, k, change, size, by_keys)
         for size, by_keys in zip(blocks, (False, True), strict=True)
     ]
     return tuple(zip(*made, strict=True))  # type: ignore[return-value]
@@ -205,10 +261,10 @@ def make(
 def _make(
     mask: Mask,
     columns: Any,
+    tokens: tuple[Tokens, Tokens],
     q: tuple[int, ...],
     k: tuple[int, ...],
-    scale: float,
-    soft_cap: float,
+    change: Change,
     blocks: Blocks,
     by_keys: bool,
 ) -> tuple[Plan, Tables]:
@@ -223,12 +279,12 @@ def _make(
         low, high = status.min(2), status.max(2)
         status = low + ((low == EMPTY) & (high > EMPTY)).astype(status.dtype)
     status = status.swapaxes(2, 3) if by_keys else status
-    lists = _lists(status, blocks.merge)
+    merge = blocks.merge if change.linear else 1
+    lists = _lists(status, merge)
     known = isinstance(status, np.ndarray)
     arrays, tree = jax.tree.flatten(mask)
     plan = Plan(
-        scale=scale,
-        soft_cap=soft_cap,
+        change=change,
         length=q[1],
         keys=k[1],
         block_q=block_q,
@@ -236,7 +292,7 @@ def _make(
         heads=blocks.heads,
         groups=groups,
         ratio=ratio,
-        merge=blocks.merge,
+        merge=merge,
         partial=not known or bool((status != FULL).any()),
         runs=lists.run_order.shape[-1] > 0 and (not known or bool(lists.runs.any())),
         singles=not known or bool(lists.singles.any()),
@@ -247,6 +303,12 @@ def _make(
         mask_arrays=tuple(arrays),
         q={name: _pad_edge(column, plan.q_blocks * block_q) for name, column in columns[0].items()},
         k={name: _pad_edge(column, plan.k_blocks * block_k) for name, column in columns[1].items()},
+        tokens=None
+        if change.function is None
+        else tuple(
+            side.map(lambda column, size=size: _pad_edge(column, size))
+            for side, size in zip(tokens, (plan.q_blocks * block_q, plan.k_blocks * block_k), strict=True)
+        ),
     )
 
 
@@ -285,4 +347,4 @@ def _pad(x: Array, length: int, value: float) -> Array:
 
 def _pad_edge(column: Array, length: int) -> Array:
     xp = np if isinstance(column, np.ndarray) else jnp
-    return xp.pad(column, ((0, 0), (0, 0), (0, length - column.shape[-1])), mode="edge")
+    return xp.pad(column, ((0, 0),) * (column.ndim - 1) + ((0, length - column.shape[-1]),), mode="edge")

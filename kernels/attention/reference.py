@@ -1,32 +1,20 @@
 """Attention by the book: the specification every other implementation is held to. Forms the whole map."""
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels.attention.masks import Mask
+from kernels.attention.scores import Places
 from kernels.tokens import Tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where the scores given to a `score_mod` stand; index arrays broadcast against scores [B, H, T, S]."""
-
-    batch: Int[Array, "B 1 1 1"]
-    head: Int[Array, "1 H 1 1"]
-    query: Int[Array, "1 1 T 1"]
-    key: Int[Array, "1 1 1 S"]
-    q: Tokens
-    k: Tokens
 
 
 def weights(
     q: Float[Array, "B T H D"], k: Float[Array, "B S Hk D"], *, mask: Mask, q_tokens: Tokens, k_tokens: Tokens,
-    scale: Any, soft_cap: float, sinks: Array | None, bias: Array | None, score_mod: Any, spoilt_keys: Any = False,
-    rows: Array | None = None, heads: Array | None = None,
+    scale: Any, soft_cap: float, sinks: Array | None, bias: Array | None, score_mod: Any, score_arrays: Any = (),
+    spoilt_keys: Any = False, rows: Array | None = None, heads: Array | None = None,
 ) -> tuple[Float[Array, "B h t S"], Float[Array, "B h t"]]:  # fmt: skip
     """Softmax probabilities and log-sum-exp of the selected rows and heads (None: all).
 
@@ -50,11 +38,14 @@ def weights(
     if score_mod is not None:
         batch, key = jnp.arange(s.shape[0]), jnp.arange(s.shape[3])
         at = Places(batch[:, None, None, None], head[:, None, None], row[:, None], key, q_tokens, k_tokens)
-        s = score_mod(s, at)
+        s = score_mod(s, at, *score_arrays)
     spoilt = spoilt_rows.transpose(0, 2, 1)[..., None] | _take(spoilt_keys, key_head, 2).transpose(0, 2, 1)[:, :, None]
     allowed = _take(mask.allowed(q_tokens, k_tokens), heads, 1)
     s = jnp.where(allowed, jnp.where(spoilt, jnp.nan, s), -jnp.inf)
-    sink = jnp.full((1, 1, 1), -jnp.inf, dtype) if sinks is None else sinks.astype(dtype)[head][:, None, None]
+    sink = jnp.full((1, 1, 1), -jnp.inf, dtype)
+    if sinks is not None:
+        sinks = sinks.reshape((1,) * (3 - sinks.ndim) + sinks.shape)  # [B|1, T|1, H]
+        sink = _take(sinks.astype(dtype), rows, 1)[:, :, head].swapaxes(1, 2)[..., None]
     top = lax.stop_gradient(jnp.maximum(s.max(-1, keepdims=True, initial=-jnp.inf), sink))
     top = jnp.where(top == -jnp.inf, 0, top)  # A row without keys: every exp is 0, no gradient passes.
     e = jnp.exp(s - top)

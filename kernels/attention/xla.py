@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 
 from kernels.attention import plan, reference
 from kernels.attention.masks import Mask
-from kernels.attention.plan import Plan, Tables, cut, put
+from kernels.attention.plan import Plan, Tables, add_shared, cut, cut_shared, put
+from kernels.attention.scores import Change, Inputs
 from kernels.bits import bits, floats, stored
 from kernels.tokens import Tokens
 from kernels.varying import alike
@@ -28,10 +29,6 @@ from kernels.varying import alike
 
 def supports(case: Any) -> str | None:
     """None where this form can do the case, else why not."""
-    if case.score_mod:
-        return "score_mod is not traced into the blockwise form; use implementation='reference'"
-    if case.bias:
-        return "bias is not applied in the blockwise form; use implementation='reference'"
     return None
 
 
@@ -46,8 +43,9 @@ def attention(
     scale: Any,
     soft_cap: float,
     sinks: Array | None,
-    bias: None = None,
-    score_mod: None = None,
+    bias: Array | None = None,
+    score_mod: Any = None,
+    score_arrays: tuple[Array, ...] = (),
     blocks: tuple[plan.Blocks, plan.Blocks] | None = None,
 ) -> tuple[Array, Array]:
     """As `kernels.attention.attention`; `blocks` overrides the block sizes of forward and backward."""
@@ -66,39 +64,47 @@ def attention(
             sinks=sinks,
             bias=bias,
             score_mod=score_mod,
+            score_arrays=score_arrays,
         )
+    _check_closure(score_mod)
     plans, tables = plan.make(
         mask,
         q_tokens,
         k_tokens,
         q.shape,
         k.shape,
-        float(scale),
-        float(soft_cap),
+        Change(float(scale), float(soft_cap), score_mod, bias is not None),
         blocks or plan.choose_blocks(q.shape, k.shape, v.shape),
     )
-    q, k, v, sinks = alike((q, k, v, sinks), q, k, v, sinks)
-    return _attention(plans, q, k, v, sinks, tables)
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    if sinks is not None:
+        sinks = sinks.reshape((1,) * (3 - sinks.ndim) + sinks.shape)
+    inputs = Inputs(bias, score_arrays)
+    varying = (q, k, v, sinks, inputs)
+    q, k, v, sinks, inputs = alike(varying, *jax.tree.leaves(varying))
+    return _attention(plans, q, k, v, sinks, inputs, tables)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(
-    plans: tuple[Plan, Plan], q: Array, k: Array, v: Array, sinks: Array | None, tables: tuple[Tables, Tables]
+    plans: tuple[Plan, Plan], q: Array, k: Array, v: Array, sinks: Array | None, inputs: Inputs, tables: Any
 ) -> tuple[Array, Array]:
-    return _forward(plans, q, k, v, sinks, tables)[0]
+    return _forward(plans, q, k, v, sinks, inputs, tables)[0]
 
 
 def _forward(
-    plans: tuple[Plan, Plan], q: Array, k: Array, v: Array, sinks: Array | None, both_tables: tuple[Tables, Tables]
-) -> tuple[Any, Any]:
+    plans: tuple[Plan, Plan], q: Array, k: Array, v: Array, sinks: Array | None, inputs: Inputs,
+    both_tables: tuple[Tables, Tables],
+) -> tuple[Any, Any]:  # fmt: skip
     plan, tables = plans[0], both_tables[0]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     batch, length, heads, width = q.shape
     value_width = v.shape[3]
     q_padded, k_padded, v_padded = plan.pad_rows(q), plan.pad_keys(k), plan.pad_keys(v)
     per, rows, size, row_heads = plan.heads, plan.rows, plan.block_q, plan.heads * plan.ratio
-    # Without a soft cap the scores stay unscaled up to the exponential, which saves a pass over them.
-    late = 1.0 if plan.soft_cap else plan.scale
+    late, padded = plan.late, Inputs(plan.pad_map(inputs.bias), inputs.arrays)
+    sinks_padded = None if sinks is None else plan.pad_rows(sinks) if sinks.shape[1] > 1 else sinks
 
     def one_group(n: Array, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
         b, g = n // plan.groups, n % plan.groups
@@ -107,20 +113,22 @@ def _forward(
             keys = jnp.where(jnp.isfinite(keys) & _finite_at(values, width), keys, jnp.nan)
             values = jnp.where(jnp.isfinite(values), values, 0)
         keys, values = jnp.swapaxes(keys, 0, 1), jnp.swapaxes(values, 0, 1)  # [per, S, D]
-        sink = None
-        if sinks is not None:
-            sink = cut(sinks.astype(dtype) / late, (g * row_heads,), (row_heads,))
-            sink = jnp.repeat(sink.reshape(per, plan.ratio), size, axis=1)
 
         def one_block(i: Array, outputs: tuple[Array, Array]) -> tuple[Array, Array]:
             at = (b, i * size, g * row_heads)
             queries = plan.split_rows(cut(q_padded, (*at, 0), (1, size, row_heads, width))[0])  # [per, rows, D]
+            sink = None
+            if sinks is not None:
+                sink = cut_shared(sinks_padded, at, (1, size, row_heads))[0].astype(dtype) / late
+                sink = plan.split_rows(jnp.broadcast_to(sink, (size, row_heads))[..., None])[..., 0]
 
             def step(j: Array, blocks: int, carry: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
                 top, total, sum_ = carry
                 key, value = (_slice(x, j * plan.block_k, blocks * plan.block_k) for x in (keys, values))
                 s = _dot(queries, key, 2, 2, dtype)
-                s = _capped(plan, s) if plan.soft_cap else s
+                if not plan.change.linear:
+                    arrays, places, _ = plan.block(padded, tables, b, g, i, j)
+                    s = plan.change(s.reshape(1, row_heads, size, plan.block_k), *arrays, places).reshape(s.shape)
                 if masked:
                     s = plan.where(tables, b, g, i, j, s, -jnp.inf)
                 new = jnp.maximum(top, s.max(-1))
@@ -154,11 +162,11 @@ def _forward(
     )
     out, lse = _loop(batch * plan.groups, one_group, alike(outputs, q))
     out, lse = floats(out, q.dtype)[:, :length], lse[:, :length]
-    return (out, lse), (q, k, v, sinks, both_tables, out, lse)
+    return (out, lse), (q, k, v, sinks, inputs, both_tables, out, lse)
 
 
 def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Array]) -> tuple[Any, ...]:
-    q, k, v, sinks, (_, tables), out, lse = saved
+    q, k, v, sinks, inputs, (_, tables), out, lse = saved
     d_out, d_lse = cotangents
     plan, dtype = plans[1], lse.dtype
     batch, length, heads, width = q.shape
@@ -167,7 +175,8 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
     d_sinks = None
     if sinks is not None:
         share = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks.astype(dtype) - lse))
-        d_sinks = -jnp.where(share == 0, 0, share * delta).sum((0, 1)).astype(sinks.dtype)
+        shared = tuple(axis for axis in (0, 1) if sinks.shape[axis] == 1)
+        d_sinks = -jnp.where(share == 0, 0, share * delta).sum(shared, keepdims=True).astype(sinks.dtype)
     # Rows without keys get probability 0; rows with non-finite parts get NaN, but only where they may look.
     fine = jnp.isfinite(delta)
     lse = jnp.where(lse == -jnp.inf, jnp.inf, jnp.where(fine, lse, jnp.nan))
@@ -175,6 +184,7 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
     q_padded, o_padded, k_padded, v_padded = plan.pad_rows(q), plan.pad_rows(d_out), plan.pad_keys(k), plan.pad_keys(v)
     lse, delta = plan.pad_rows(lse[..., None], jnp.inf), plan.pad_rows(delta[..., None])
     per, rows, size, row_heads = plan.heads, plan.rows, plan.block_k, plan.heads * plan.ratio
+    padded, linear = Inputs(plan.pad_map(inputs.bias), inputs.arrays), plan.change.linear
 
     def clean(x: Array) -> Array:
         return jnp.where(jnp.isfinite(x), x, 0) if plan.partial else x
@@ -188,7 +198,7 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
         queries, d_outs = clean(queries), clean(d_outs)
 
         def one_block(j: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
-            d_queries, d_k, d_v = outputs
+            d_queries, d_k, d_v, d_inputs = outputs
             at = (b, j * size, g * per, 0)
             keys, values = (
                 clean(jnp.swapaxes(cut(x, at, (1, size, per, x.shape[3]))[0], 0, 1)) for x in (k_padded, v_padded)
@@ -196,51 +206,71 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
             keys_transposed = jnp.swapaxes(keys, 1, 2)
 
             def step(i: Array, blocks: int, carry: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
-                d_queries, d_keys, d_values = carry
+                d_queries, d_keys, d_values, d_inputs = carry
                 first, count = i * rows, blocks * rows
                 query, d_out = _slice(queries, first, count), _slice(d_outs, first, count)
                 row_lse, row_delta = (jnp.swapaxes(_slice(x, first, count), 1, 2) for x in (lses, deltas))
-                s = _capped(plan, _dot(keys, query, 2, 2, dtype))  # [per, block_k, rows]
+                s = _dot(keys, query, 2, 2, dtype)  # [per, block_k, rows]
+                if linear:
+                    s = s * plan.change.scale
+                else:
+                    arrays, places, where = plan.block(padded, tables, b, g, i, j)
+                    s, pull = plan.change.pull(plan.turned(s), arrays, places)
+                    s = jnp.where(row_lse == jnp.inf, 0, plan.turned_back(s))
                 p = jnp.exp(s - row_lse)
                 ds = p * (_dot(values, d_out, 2, 2, dtype) - row_delta)
-                if plan.soft_cap:
-                    ds *= 1 - (s / plan.soft_cap) ** 2
                 if masked:
                     p, ds = (plan.where_transposed(tables, b, g, i, j, x, 0.0) for x in (p, ds))
+                if not linear:
+                    ds, d_bias, d_arrays = pull(plan.turned(ds))
+                    ds = plan.turned_back(ds)
+                    ds = plan.where_transposed(tables, b, g, i, j, ds, 0.0) if masked else ds
+                    d_inputs = Inputs(
+                        None if d_bias is None else add_shared(d_inputs.bias, d_bias.astype(dtype), where),
+                        jax.tree.map(lambda a, b: a + b.astype(a.dtype), d_inputs.arrays, d_arrays),
+                    )
                 p, ds = p.astype(v.dtype), ds.astype(v.dtype)
                 d_values += _dot(p, d_out, 2, 1, dtype)
                 d_keys += _dot(ds, query, 2, 1, dtype)
                 d_query = _slice(d_queries, first, count, 2) + _dot(keys_transposed, ds, 2, 1, dtype)
-                return lax.dynamic_update_slice_in_dim(d_queries, d_query, first, 2), d_keys, d_values
+                return lax.dynamic_update_slice_in_dim(d_queries, d_query, first, 2), d_keys, d_values, d_inputs
 
             zeros = alike(tuple(jnp.zeros((per, size, x.shape[3]), dtype) for x in (k, v)), q)
-            d_queries, d_keys, d_values = plan.visit(tables.lists, b, g, j, step, (d_queries, *zeros))
-            d_keys = jnp.swapaxes(d_keys * plan.scale, 0, 1)[None].astype(k.dtype)
+            carry = (d_queries, *zeros, d_inputs)
+            d_queries, d_keys, d_values, d_inputs = plan.visit(tables.lists, b, g, j, step, carry)
+            d_keys = jnp.swapaxes(d_keys * plan.late, 0, 1)[None].astype(k.dtype)
             d_values = jnp.swapaxes(d_values, 0, 1)[None].astype(v.dtype)
-            return d_queries, put(d_k, d_keys, at), put(d_v, d_values, at)
+            return d_queries, put(d_k, d_keys, at), put(d_v, d_values, at), d_inputs
 
-        d_q, d_k, d_v = outputs
+        d_q, d_k, d_v, d_inputs = outputs
         d_queries = alike(jnp.zeros((per, width, plan.q_blocks * rows), dtype), q)  # Transposed, as the dots give it.
-        d_queries, d_k, d_v = _loop(plan.k_blocks, one_block, (d_queries, d_k, d_v))
-        d_queries = plan.join_rows(jnp.swapaxes(d_queries * plan.scale, 1, 2)).astype(q.dtype)
-        return put(d_q, d_queries[None], (b, 0, g * row_heads, 0)), d_k, d_v
+        d_queries, d_k, d_v, d_inputs = _loop(plan.k_blocks, one_block, (d_queries, d_k, d_v, d_inputs))
+        d_queries = plan.join_rows(jnp.swapaxes(d_queries * plan.late, 1, 2)).astype(q.dtype)
+        return put(d_q, d_queries[None], (b, 0, g * row_heads, 0)), d_k, d_v, d_inputs
 
     outputs = (
         jnp.zeros((batch, plan.q_blocks * plan.block_q, heads, width), stored(q.dtype)),
         jnp.zeros((batch, plan.k_blocks * size, *k.shape[2:]), stored(k.dtype)),
         jnp.zeros((batch, plan.k_blocks * size, *v.shape[2:]), stored(v.dtype)),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, dtype)), padded),
     )
-    d_q, d_k, d_v = (floats(x, q.dtype) for x in _loop(batch * plan.groups, one_group, alike(outputs, q)))
-    return d_q[:, :length], d_k[:, : k.shape[1]], d_v[:, : v.shape[1]], d_sinks, None
+    *d_qkv, d_padded = _loop(batch * plan.groups, one_group, alike(outputs, q))
+    d_q, d_k, d_v = (floats(x, q.dtype) for x in d_qkv)
+    d_inputs = jax.tree.map(lambda d, x: d[tuple(map(slice, x.shape))].astype(x.dtype), d_padded, inputs)
+    return d_q[:, :length], d_k[:, : k.shape[1]], d_v[:, : v.shape[1]], d_sinks, d_inputs, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _capped(plan: Plan, s: Array) -> Array:
-    """Scores as they enter the softmax."""
-    s = s * plan.scale
-    return plan.soft_cap * jnp.tanh(s / plan.soft_cap) if plan.soft_cap else s
+def _check_closure(function: Any) -> None:
+    cells = getattr(function, "__closure__", None) or ()
+    for name, cell in zip(getattr(getattr(function, "__code__", None), "co_freevars", ()), cells, strict=False):
+        if isinstance(cell.cell_contents, jax.core.Tracer):
+            raise ValueError(
+                f"attention: score_mod closes over the traced array {name!r}: give it in score_arrays, as a further "
+                "argument of score_mod"
+            )
 
 
 def _finite_at(values: Array, width: int) -> Array:
