@@ -305,9 +305,9 @@ def _make(
         k={name: _pad_edge(column, plan.k_blocks * block_k) for name, column in columns[1].items()},
         tokens=None
         if change.function is None
-        else tuple(
-            side.map(lambda column, size=size: _pad_edge(column, size))
-            for side, size in zip(tokens, (plan.q_blocks * block_q, plan.k_blocks * block_k), strict=True)
+        else (
+            tokens[0].map(lambda column: _pad_edge(column, plan.q_blocks * block_q)),
+            tokens[1].map(lambda column: _pad_edge(column, plan.k_blocks * block_k)),
         ),
     )
 

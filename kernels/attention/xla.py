@@ -205,7 +205,7 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
             )  # [per, block_k, D]
             keys_transposed = jnp.swapaxes(keys, 1, 2)
 
-            def step(i: Array, blocks: int, carry: tuple[Array, ...], masked: bool) -> tuple[Array, ...]:
+            def step(i: Array, blocks: int, carry: tuple[Any, ...], masked: bool) -> tuple[Any, ...]:
                 d_queries, d_keys, d_values, d_inputs = carry
                 first, count = i * rows, blocks * rows
                 query, d_out = _slice(queries, first, count), _slice(d_outs, first, count)

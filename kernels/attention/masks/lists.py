@@ -23,8 +23,9 @@ class Blocks(Mask):
         batch, heads = self.live.shape[:2]
         if side == "k":
             return {}
-        row = np.broadcast_to(np.arange(batch)[:, None, None], (batch, 1, length))
-        return {"block_row": row, "block_head": np.broadcast_to(np.arange(heads)[None, :, None], (1, heads, length))}
+        row: Any = np.broadcast_to(np.arange(batch)[:, None, None], (batch, 1, length))
+        head: Any = np.broadcast_to(np.arange(heads)[None, :, None], (1, heads, length))
+        return {"block_row": row, "block_head": head}
 
     def rule(self, q: Any, k: Any) -> Any:
         i, j = q.index // self.size_q, k.index // self.size_k
@@ -133,7 +134,7 @@ def _spans(of: str, first: Any, end: Any) -> Mask:
     return Spans(of, *(_column(f"spans_of_{of}", x) for x in sides))
 
 
-def _column(name: str, x: Array) -> Array:
+def _column(name: str, x: Any) -> Any:
     if x.ndim not in (1, 2, 3):
         raise ValueError(f"{name} needs an array [length], [batch, length] or [batch, heads, length], not {x.shape}")
     return x[:, None] if x.ndim == 2 else x.reshape((1,) * (3 - x.ndim) + x.shape)

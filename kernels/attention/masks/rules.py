@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from kernels.attention.masks.base import Everything, Mask, array, expression
 from kernels.attention.masks.intervals import Truth
@@ -114,8 +114,8 @@ class Composite(Mask):
 
 @expression
 class HeadWindows(Mask):
-    sizes: np.ndarray = array()
-    sinks: np.ndarray = array()
+    sizes: Array = array()
+    sinks: Array = array()
     name = "head_windows"
     reads = ("q.index", "k.index", "k.start")
 
@@ -124,9 +124,7 @@ class HeadWindows(Mask):
             return {}
         per_head = {"head_window": self.sizes, "head_sinks": self.sinks}
         return {
-            name: np.broadcast_to(x[None, :, None], (1, x.shape[0], length))
-            if isinstance(x, np.ndarray)
-            else jnp.broadcast_to(x[None, :, None], (1, x.shape[0], length))
+            name: (np if isinstance(x, np.ndarray) else jnp).broadcast_to(x[None, :, None], (1, x.shape[0], length))
             for name, x in per_head.items()
         }
 
@@ -193,21 +191,19 @@ def composite(modality: int) -> Mask:
     return Composite(int(modality))
 
 
-def head_windows(sizes: Sequence[int], sinks: int | Sequence[int] = 0) -> Mask:
+def head_windows(sizes: Int[Array, "H"] | Sequence[int], sinks: Int[Array, "H"] | Sequence[int] | int = 0) -> Mask:
     """For each query head its own window, and its own number of first keys of each document (MoA, arXiv 2406.14909).
 
     Arrays may be traced. Alone it does not hide the future.
     """
-    sizes = sizes if isinstance(sizes, jax.Array) else np.asarray(sizes, np.int32)
-    if sizes.ndim != 1:
-        raise ValueError(f"head_windows needs one size per query head, not an array of shape {sizes.shape}")
-    if isinstance(sizes, np.ndarray) and (sizes < 1).any():
-        raise ValueError(f"head_windows needs sizes of at least 1, not {sizes.tolist()}")
-    sinks = sinks if isinstance(sinks, jax.Array) else np.asarray(sinks, np.int32)
-    if sinks.shape not in ((), sizes.shape):
-        raise ValueError(f"head_windows: {sinks.shape[0]} numbers of sinks for {sizes.shape[0]} heads")
-    whole = isinstance(sinks, np.ndarray)
-    return HeadWindows(sizes, (np if whole else jnp).broadcast_to(sinks, sizes.shape))
+    windows, firsts = (x if isinstance(x, jax.Array) else np.asarray(x, np.int32) for x in (sizes, sinks))
+    if windows.ndim != 1:
+        raise ValueError(f"head_windows needs one size per query head, not an array of shape {windows.shape}")
+    if isinstance(windows, np.ndarray) and (windows < 1).any():
+        raise ValueError(f"head_windows needs sizes of at least 1, not {windows.tolist()}")
+    if firsts.shape not in ((), windows.shape):
+        raise ValueError(f"head_windows: {firsts.shape[0]} numbers of sinks for {windows.shape[0]} heads")
+    return HeadWindows(windows, (np if isinstance(firsts, np.ndarray) else jnp).broadcast_to(firsts, windows.shape))
 
 
 def predicate(
