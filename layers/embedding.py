@@ -23,7 +23,9 @@ class Embedding(nnx.Module):
         Ids outside the table give rows of NaN, never a neighbour.
         """
         table = logical.gather(self.table[...], ("vocab", "embed"))
-        rows = table.at[ids].get(mode="fill", fill_value=jnp.nan).astype(self.compute_dtype)
+        rows = (
+            table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(self.compute_dtype)
+        )
         return rows if self.scale == 1.0 else rows * jnp.asarray(self.scale, rows.dtype)
 
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -41,11 +41,20 @@ def attend(
     if hooks.edits("scores"):
         shared["score_mod"] = lambda scores, places: hooks.edit("scores", scores, places.k)
         implementation = "reference"
-    for site in ("scores", "probabilities"):
-        if (tap := hooks.tap(site)) is not None:
-            hooks.taken[f"tap/{site}"] = _tapped(site, tap, q, k, shared)
-    if hooks.edits("probabilities"):
+    if hooks.tap("scores") is not None:
+        raise NotImplementedError("a tap on scores is not offered: tap probabilities, or edit scores")
+    tap, edited = hooks.tap("probabilities"), hooks.edits("probabilities")
+    if edited or (tap is not None and hooks.edits("scores")):  # Edits see the whole map, whatever is tapped of it.
         weights = hooks.edit("probabilities", probabilities(q, k, **shared), keys)
+        if tap is not None:
+            rows, heads = _chosen(tap)
+            hooks.taken["tap/probabilities"] = weights[:, heads][:, :, rows]
+    elif tap is not None:
+        rows, heads = _chosen(tap)
+        hooks.taken["tap/probabilities"] = probabilities(q, k, rows=rows, heads=heads, **shared)
+    if edited:
+        if keys.valid is not None:  # 0 times whatever padding holds must be 0.
+            v = jnp.where(keys.valid[..., None, None], v, 0)
         values = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
         return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), values)
 
@@ -63,8 +72,7 @@ def attend(
     return logical.shard_kernel(local, specs, _QUERY)(q, k, v, tokens, keys, sinks)
 
 
-def _tapped(site: str, tap: Tap, q: Array, k: Array, shared: dict) -> Array:
+def _chosen(tap: Tap) -> tuple[Any, Any]:
+    """The rows and the heads that a tap asks for, as indices."""
     rows, heads = (slice(None) if chosen is None else list(chosen) for chosen in (tap.rows, tap.heads))
-    if site == "probabilities":
-        return probabilities(q, k, rows=rows, heads=heads, **shared)
-    raise NotImplementedError("a tap on scores is not offered: tap probabilities, or edit scores")
+    return rows, heads
