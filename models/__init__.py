@@ -29,12 +29,13 @@ def build(config: Mapping[str, Any], *, vocab_size: int, rngs: nnx.Rngs) -> Deco
     )
     multiple = config["vocab_multiple"]
     vocab_size = config["vocab_size"] or vocab_size
+    specs = layer_specs(config)
     return DecoderLM(
         setting,
-        layer_specs(config),
+        specs,
         vocab_size=vocab_size,
         rows=-(-vocab_size // multiple) * multiple,
-        norm=dict(config["norm"]),
+        norm=specs[-1]["norm"],  # After the last layer comes a norm of its kind.
         tie_embeddings=config["tie_embeddings"],
         embedding_scale=config["embedding_scale"],
         logit_cap=config["logit_cap"],

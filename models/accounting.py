@@ -56,6 +56,7 @@ def account(
     """The cost of `config.model` for a tokenizer of `vocab_size`, training on `batch` rows of `length` tokens."""
     from models import build
 
+    config = {**config, "scan_layers": "always"}  # What a block keeps does not depend on how blocks are run.
     model = nnx.eval_shape(lambda: build(config, vocab_size=vocab_size, rngs=nnx.Rngs(0)))
     definition, parameters, rest = nnx.split(model, nnx.Param, ...)
     leaves = jax.tree.leaves(parameters)
@@ -66,8 +67,9 @@ def account(
     itemsize = jnp.dtype(model.setting.compute_dtype).itemsize
     for stack in model.stacks:
         for block in stack.blocks:
-            mlp = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(block.mlp, nnx.Param))) // stack.repeats
-            forward += stack.repeats * (block.attention.flops(length) / length + 2 * mlp)
+            matrices = [leaf for leaf in jax.tree.leaves(nnx.state(block.mlp, nnx.Param)) if leaf.ndim == 3]  # Stacked.
+            mlp = 2 * sum(leaf.size for leaf in matrices) // stack.repeats
+            forward += stack.repeats * (block.attention.flops(length) / length + mlp)
             cache += stack.repeats * block.attention.cache_bytes(length, itemsize, tensor_parallel) / length
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     slots = _OPTIMIZER_SLOTS.get(optimizer, 2)
@@ -83,14 +85,16 @@ def account(
 
 
 def _residual_bytes(definition: nnx.GraphDef, parameters: nnx.State, rest: nnx.State, batch: int, length: int) -> int:
-    """Sizes of what `jax.vjp` of the logits would hold, less the parameters themselves."""
+    """Sizes of what `jax.vjp` of the logits would hold, without what it holds of its inputs as they are."""
 
     def residuals(parameters: nnx.State, rest: nnx.State, ids: jax.Array) -> Any:
         return jax.vjp(lambda p: nnx.merge(definition, p, rest)(ids).logits, parameters)[1]
 
-    held = jax.eval_shape(residuals, parameters, rest, jax.ShapeDtypeStruct((batch, length), jnp.int32))
-    own = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parameters))
-    return max(0, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held)) - own)
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    jaxpr = jax.make_jaxpr(residuals)(parameters, rest, ids).jaxpr
+    inputs = {id(variable) for variable in jaxpr.invars}
+    held = {id(variable): variable.aval for variable in jaxpr.outvars if id(variable) not in inputs}
+    return sum(aval.size * aval.dtype.itemsize for aval in held.values())  # type: ignore[attr-defined]
 
 
 def _mib(size: float) -> str:

@@ -103,6 +103,8 @@ def _check(model: DecoderLM, prompts: Sequence[Sequence[int]], longest: int, new
             raise ValueError(f"prompt {row} is empty: begin it with the tokenizer's bos id")
         if min(prompt) < 0 or max(prompt) >= model.vocab_size:
             raise ValueError(f"prompt {row} has an id outside the vocabulary of {model.vocab_size}")
+    if new < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, but is {new}")
     if longest + new > model.setting.max_length:
         raise ValueError(
             f"{longest} prompt tokens and {new} new ones exceed the model's max_length {model.setting.max_length}"

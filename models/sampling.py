@@ -24,8 +24,8 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, but is {self.temperature}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number and not negative, but is {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative, but is {self.top_k}")
         if not 0 < self.top_p <= 1:
