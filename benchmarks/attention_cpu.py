@@ -27,29 +27,10 @@ import numpy as np  # noqa: E402
 from machine import describe, with_huge_pages, write  # noqa: E402
 
 from kernels.attention import attention, masks  # noqa: E402
-from kernels.attention.masks import Mask, array, expression  # noqa: E402
+from kernels.attention.masks import Mask  # noqa: E402
 from kernels.tokens import packed  # noqa: E402
 
 CAUSAL = masks.causal()
-
-
-@expression
-class LiveBlocks(Mask):
-    """Blocks of `size` tokens that are wholly live or wholly dead."""
-
-    size: int
-    live: np.ndarray = array(default=None)
-
-    def extra(self, side: str, length: int) -> dict[str, np.ndarray]:
-        return {"block": (np.arange(length) // self.size)[None, None]}
-
-    def rule(self, q: Any, k: Any) -> Any:
-        return self.live[q.block, k.block]
-
-    def block_rule(self, q: Any, k: Any) -> Any:
-        same = (q.block.low == q.block.high) & (k.block.low == k.block.high)
-        live = self.live[q.block.low, k.block.low]
-        return masks.Truth(live | ~same, live & same)
 
 
 @dataclasses.dataclass
@@ -193,7 +174,7 @@ def blocks(lengths: list[int], rounds: int) -> list[dict[str, Any]]:
         count = length // size
         live = np.zeros(count * count, bool)
         live[np.random.default_rng(0).permutation(count * count)[: count * count // 10]] = True
-        mask = LiveBlocks(size, live.reshape(count, count))
+        mask = masks.blocks(live.reshape(count, count), size)
         for gradient in (False, True):
             sparse = ours("tenth live", op(mask), arrays, gradient)
             title = f"blocks of {size} T {length} {'forward+gradient' if gradient else 'forward'}"
