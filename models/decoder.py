@@ -139,6 +139,8 @@ class DecoderLM(nnx.Module):
         "auto" does so but for stacks of up to 16 on a single CPU device, where a scan costs a fifth to a half of a
         training step (it copies what the backward pass needs) and compiling a block less than a second.
         """
+        if scan_layers not in ("auto", "always", "never"):
+            raise ValueError(f"scan_layers must be auto, always or never, not {scan_layers!r}")
         self.setting, self.vocab_size, self.logit_cap = setting, vocab_size, logit_cap
         self.scan_layers, self.remat = scan_layers, remat
         self.embedding = Embedding(setting, rows, scale=embedding_scale, rngs=rngs)

@@ -300,3 +300,34 @@ def test_temporaries_are_blocks_not_the_map() -> None:
     q = jax.ShapeDtypeStruct((1, 4096, 8, 64), jnp.float32)
     gradients = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v, implementation="xla")[0].sum(), (0, 1, 2)))
     assert gradients.lower(q, q, q).compile().memory_analysis().temp_size_in_bytes < 64 * 2**20
+
+
+def test_sparse_masks_get_finer_blocks() -> None:
+    """Where a known mask leaves little of the map; not for dense or traced ones, nor finer than a map of fine blocks
+    needs. The result is that of the reference."""
+    live = np.zeros(64, bool)
+    live[np.random.default_rng(0).permutation(64)[:6]] = True
+    mask, shape, tokens_ = masks.blocks(live.reshape(8, 8), 128), (1, 1024, 2, 8), Tokens(index=np.arange(1024)[None])
+    usual = plan.choose_blocks(shape, shape, shape)
+
+    def chosen(mask, tokens_=tokens_, shape=shape, usual=usual):
+        return [(one.q, one.k) for one in plan.adapted(usual, mask, tokens_, tokens_, shape, shape)]
+
+    whole = [(one.q, one.k) for one in usual]
+    assert whole == [(512, 512), (256, 512)]
+    assert chosen(mask) == [(128, 128)] * 2
+    assert chosen(masks.causal()) == chosen(masks.everything()) == whole
+    assert chosen(masks.blocks(np.eye(4, dtype=bool), 256)) == [(256, 256)] * 2
+    seen = []
+    jax.jit(lambda live: seen.append(chosen(masks.blocks(live, 128))))(jnp.asarray(live.reshape(8, 8)))
+    assert seen == [whole]
+    q = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+
+    def gradient(implementation):
+        def loss(q):
+            return (attention(q, q, q, mask=mask, implementation=implementation)[0] ** 2).sum()
+
+        return jax.jit(jax.grad(loss))(q)
+
+    expected = gradient("reference")
+    assert float(jnp.abs(gradient("xla") - expected).max()) < 1e-5 * float(jnp.abs(expected).max())

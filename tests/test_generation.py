@@ -36,7 +36,7 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("options", FILTERS)
-@pytest.mark.parametrize("size", [1, 2, 13, 40])
+@pytest.mark.parametrize("size", [1, 13])
 def test_filters_leave_the_distribution_of_the_oracle(options, size):
     logits = 2 * np.random.default_rng(size).normal(size=(20, size)).astype(np.float32)
     found = jax.nn.softmax(Sampling(*options).filtered(jnp.asarray(logits)))

@@ -29,6 +29,10 @@ class Blocks:
     merge: int = 1
 
 
+# Sizes beside the usual ones, and how many times as long a pair takes with them (docs/kernels.md).
+_FINER = ((256, 1.4), (128, 2.2))
+
+
 class Lists(NamedTuple):
     """For each block of the outer loop, what the inner one visits: runs of `merge` full blocks, then other live ones.
 
@@ -235,6 +239,40 @@ def choose_blocks(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) ->
     block_k = _even(k[1], 512)
     forward, backward = (_even(q[1], max(rows // ratio, few)) for rows in (512, 256))
     return Blocks(forward, block_k, heads), Blocks(backward, block_k, heads)
+
+
+def adapted(
+    blocks: tuple[Blocks, Blocks],
+    mask: Mask,
+    q_tokens: Tokens,
+    k_tokens: Tokens,
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+) -> tuple[Blocks, Blocks]:
+    """Finer blocks where the mask is known while tracing, and leaves so much less of the map live with them that it
+    pays for slower steps."""
+    columns, ratio = mask.prepare(q_tokens, k_tokens), q[2] // k[2]
+
+    def share(one: Blocks) -> float | None:
+        """Of the map that is visited; None if that is not known."""
+        status = mask.classify_columns(*columns, min(one.q, q[1]), min(one.k, k[1]), q[1], k[1])
+        if not isinstance(status, np.ndarray):
+            return None
+        if status.shape[1] > 1:  # Heads taken together visit what any of them needs.
+            status = status.reshape(status.shape[0], -1, one.heads * ratio, *status.shape[2:]).max(2)
+        return float((status != EMPTY).mean())
+
+    def best(one: Blocks) -> Blocks:
+        finer = [
+            (slower, dataclasses.replace(one, q=max(size // ratio, 32), k=size, merge=1))
+            for size, slower in _FINER
+            if size <= min(one.q * ratio, one.k) and size < max(one.q * ratio, one.k)
+        ]
+        if not finer or share(one) is None:
+            return one
+        return min(((1.0, one), *finer), key=lambda option: option[0] * share(option[1]))[1]
+
+    return best(blocks[0]), best(blocks[1])
 
 
 def make(

@@ -67,6 +67,9 @@ def attention(
             score_arrays=score_arrays,
         )
     _check_closure(score_mod)
+    if blocks is None:
+        usual = plan.choose_blocks(q.shape, k.shape, v.shape)
+        blocks = plan.adapted(usual, mask, q_tokens, k_tokens, q.shape, k.shape)
     plans, tables = plan.make(
         mask,
         q_tokens,
@@ -74,7 +77,7 @@ def attention(
         q.shape,
         k.shape,
         Change(float(scale), float(soft_cap), score_mod, bias is not None),
-        blocks or plan.choose_blocks(q.shape, k.shape, v.shape),
+        blocks,
     )
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
