@@ -35,7 +35,7 @@ class Case:
 
 
 IMPLEMENTATIONS = {
-    "xla": dispatch.Implementation("xla", xla.attention, xla.supports),
+    "xla": dispatch.Implementation("xla", xla.attention, lambda case: None),
     "reference": dispatch.Implementation("reference", reference.attention, lambda case: None),
 }
 

@@ -29,7 +29,7 @@ class Blocks:
     merge: int = 1
 
 
-# Sizes beside the usual ones, and how many times as long a pair takes with them (docs/kernels.md).
+# Sizes beside the usual ones, and how many times as long a pair takes with them: estimates (docs/kernels.md).
 _FINER = ((256, 1.4), (128, 2.2))
 
 

@@ -27,11 +27,6 @@ from kernels.tokens import Tokens
 from kernels.varying import alike
 
 
-def supports(case: Any) -> str | None:
-    """None where this form can do the case, else why not."""
-    return None
-
-
 def attention(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S Hk D"],

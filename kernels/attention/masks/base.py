@@ -11,7 +11,7 @@ inside a mask through `jit`.
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,44 +182,41 @@ class Mask:
         return f"{getattr(self, 'name', type(self).__name__.lower())}({values})"
 
 
+class Combination(Mask):
+    """Several masks, their answers put together by `operation`."""
+
+    terms: tuple[Mask, ...]
+    operation: Callable[[Any, Any], Any]
+    symbol: str
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        return self.terms
+
+    def pairs(self, q: dict[str, Array], k: dict[str, Array]) -> Any:
+        return functools.reduce(type(self).operation, self._answers("pairs", q, k))
+
+    def block_pairs(self, q: dict[str, Any], k: dict[str, Any]) -> Truth:
+        return functools.reduce(type(self).operation, self._answers("block_pairs", q, k))
+
+    def __repr__(self) -> str:
+        return "(" + f" {self.symbol} ".join(map(repr, self.terms)) + ")"
+
+
 @expression
-class And(Mask):
+class And(Combination):
     """Allowed by every part."""
 
     terms: tuple[Mask, ...] = array()
-
-    @property
-    def parts(self) -> tuple[Mask, ...]:
-        return self.terms
-
-    def pairs(self, q: dict[str, Array], k: dict[str, Array]) -> Any:
-        return functools.reduce(operator.and_, self._answers("pairs", q, k))
-
-    def block_pairs(self, q: dict[str, Any], k: dict[str, Any]) -> Truth:
-        return functools.reduce(operator.and_, self._answers("block_pairs", q, k))
-
-    def __repr__(self) -> str:
-        return "(" + " & ".join(map(repr, self.terms)) + ")"
+    operation, symbol = staticmethod(operator.and_), "&"
 
 
 @expression
-class Or(Mask):
+class Or(Combination):
     """Allowed by some part."""
 
     terms: tuple[Mask, ...] = array()
-
-    @property
-    def parts(self) -> tuple[Mask, ...]:
-        return self.terms
-
-    def pairs(self, q: dict[str, Array], k: dict[str, Array]) -> Any:
-        return functools.reduce(operator.or_, self._answers("pairs", q, k))
-
-    def block_pairs(self, q: dict[str, Any], k: dict[str, Any]) -> Truth:
-        return functools.reduce(operator.or_, self._answers("block_pairs", q, k))
-
-    def __repr__(self) -> str:
-        return "(" + " | ".join(map(repr, self.terms)) + ")"
+    operation, symbol = staticmethod(operator.or_), "|"
 
 
 @expression
