@@ -29,8 +29,8 @@ class Blocks:
     merge: int = 1
 
 
-# Sizes beside the usual ones, and how many times as long a pair takes with them: estimates (docs/kernels.md).
-_FINER = ((256, 1.4), (128, 2.2))
+# Sizes beside the usual ones, and how many times as long a pair takes with them (docs/kernels.md).
+_FINER = ((256, 1.8), (128, 2.1))
 
 
 class Lists(NamedTuple):
