@@ -1,12 +1,13 @@
 """Which implementation of an op runs: chosen by platform and case, or named by the caller and obeyed."""
 
 import difflib
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
+from kernels.platform import default_platform, interpreting
 
 _logger = logging.getLogger("tessera.kernels")
 _told: set[tuple] = set()
@@ -18,13 +19,35 @@ class Implementation:
 
     `supports(case)` answers None where the implementation can do the case, else the reason why it cannot; it reads
     declared facts (shapes, types, which options are set) and traces nothing. `platforms` are those on which it may be
-    chosen without being named ("cpu", "gpu", "tpu").
+    chosen without being named ("cpu", "gpu", "tpu"); a `kernel` runs nowhere else, but for its interpreter.
+    `unsuited(case)` may give a reason not to choose it for a case unless it is named.
     """
 
     name: str
     function: Callable[..., Any]
     supports: Callable[[Any], str | None]
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
+    kernel: bool = False
+    unsuited: Callable[[Any], str | None] = lambda case: None
+
+    def refusal(self, case: Any, platform: str, named: bool) -> str | None:
+        """Why it cannot (or, where it is not named, should not) do the case on this platform."""
+        if platform in self.platforms or (named and (interpreting() or not self.kernel)):
+            return self.supports(case) or (None if named else self.unsuited(case))
+        if not named:
+            return f"not for {platform}"
+        runs = f"it runs on {' or '.join(self.platforms)}, not on {platform}"
+        return f"{runs}; within kernels.platform.interpreted() it runs anywhere, slowly"
+
+
+def later(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a module that is imported when the function is first called."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **options)
+
+    call.__name__ = call.__qualname__ = name
+    return call
 
 
 def choose(
@@ -48,27 +71,19 @@ def choose(
             near = difflib.get_close_matches(requested, candidates, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(candidates)}"
             raise ValueError(f"unknown implementation {requested!r} of {op_name}: {hint}")
-        reason = candidates[requested].supports(case)
+        reason = candidates[requested].refusal(case, platform or default_platform(), named=True)
         if reason is not None:
             raise NotImplementedError(f"{op_name}: implementation {requested!r} cannot do this case: {reason}")
         return candidates[requested]
     platform = platform or default_platform()
     refused = []
     for name, candidate in candidates.items():
-        reason = f"not for {platform}" if platform not in candidate.platforms else candidate.supports(case)
+        reason = candidate.refusal(case, platform, named=False)
         if reason is None:
             _tell_once(op_name, name, platform, tuple(refused))
             return candidate
         refused.append(f"{name}: {reason}")
     raise NotImplementedError(f"{op_name}: no implementation can do this case on {platform} ({'; '.join(refused)})")
-
-
-def default_platform() -> str:
-    """The platform work goes to: that of `jax_default_device` where it is set, else of the default backend."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    if device is None:
-        return jax.default_backend()
-    return device if isinstance(device, str) else device.platform
 
 
 def _tell_once(op_name: str, chosen: str, platform: str, refused: tuple[str, ...]) -> None:

@@ -15,3 +15,12 @@ def alike(tree: Any, *sources: Array | None) -> Any:
         return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
     return jax.tree.map(vary, tree)
+
+
+def result(shape: tuple[int, ...], dtype: Any, *sources: Array) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result, varying over every `shard_map` axis of the sources."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in sources))
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    kind = next(k for k in (jax.typeof(x).manual_axis_type for x in sources) if k.varying)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=type(kind)(varying=axes))

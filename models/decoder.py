@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kernels.dispatch import default_platform
+from kernels.platform import default_platform
 from kernels.tokens import Tokens, sequence
 from layers import attention
 from layers.cache import Caches, LayerCache

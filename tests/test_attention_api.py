@@ -41,7 +41,7 @@ def test_unknown_implementations_are_refused() -> None:
     q = jnp.ones((1, 4, 2, 8))
     with pytest.raises(ValueError, match="unknown implementation 'pallas' of attention"):
         attention(q, q, q, implementation="pallas")
-    assert list(IMPLEMENTATIONS) == ["xla", "reference"]
+    assert list(IMPLEMENTATIONS) == ["pallas_tpu", "mosaic_gpu", "cudnn", "triton", "xla", "reference"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from kernels import dispatch
+from kernels import dispatch, platform
 from kernels.dispatch import Implementation, choose
 
 CANDIDATES = {
@@ -52,3 +52,38 @@ def test_an_unknown_name_names_the_nearest() -> None:
         choose("op", "stedy", CANDIDATES, "easy")
     with pytest.raises(ValueError, match="known: fast, steady"):
         choose("op", "zzz", CANDIDATES, "easy")
+
+
+KERNELS = {
+    "chip": Implementation(
+        "chip", lambda: "chip", lambda case: None, ("tpu",), kernel=True, unsuited=lambda case: case
+    ),
+    "anywhere": Implementation("anywhere", lambda: "anywhere", lambda case: None),
+}
+
+
+def test_a_kernel_runs_on_its_platform_or_in_its_interpreter() -> None:
+    with pytest.raises(NotImplementedError, match="it runs on tpu, not on cpu; within kernels.platform.interpreted()"):
+        choose("op", "chip", KERNELS, None)
+    with platform.interpreted():
+        assert platform.interpreting() and choose("op", "chip", KERNELS, None).name == "chip"
+        assert choose("op", None, KERNELS, None).name == "anywhere"  # Interpreters are too slow to be chosen.
+    assert not platform.interpreting()
+    with platform.compiling_for("tpu", "TPU v5e"):
+        assert (platform.default_platform(), platform.device_kind()) == ("tpu", "TPU v5e")
+        assert choose("op", None, KERNELS, None).name == "chip"
+    assert platform.default_platform() == "cpu" and platform.device_kind()
+
+
+def test_what_is_unsuited_is_used_only_by_name(caplog) -> None:
+    with platform.compiling_for("tpu"), caplog.at_level(logging.INFO, logger="tessera.kernels"):
+        assert choose("op", "chip", KERNELS, "it is rough").name == "chip"
+        assert choose("op", None, KERNELS, "it is rough").name == "anywhere"
+    assert "refused chip: it is rough" in caplog.text
+
+
+def test_a_module_is_imported_when_its_function_is_first_called() -> None:
+    lazy = dispatch.later("colorsys", "rgb_to_hsv")
+    assert lazy.__name__ == "rgb_to_hsv" and lazy(1.0, 0.0, 0.0) == (0.0, 1.0, 1.0)
+    with pytest.raises(ModuleNotFoundError):
+        dispatch.later("kernels.nowhere", "nothing")()

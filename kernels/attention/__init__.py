@@ -1,15 +1,17 @@
 """The attention op: masked, scored softmax attention with its log-sum-exp, one signature for every implementation."""
 
-import dataclasses
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.attention import masks, reference, xla
+from kernels.attention import cudnn, fused, masks, program, reference, xla
+from kernels.attention.capabilities import CAPABILITIES, Case
 from kernels.attention.masks import Mask
 from kernels.attention.scores import Places
 from kernels.tokens import Tokens
@@ -19,22 +21,22 @@ __all__ = ["Case", "IMPLEMENTATIONS", "Places", "attention", "masks", "probabili
 _CAUSAL = masks.causal()
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """The facts of one call that decide which implementations can do it."""
+def _kernel(name: str, *platforms: str) -> dispatch.Implementation:
+    """A kernel around which `kernels.attention.fused` does the rest; its module is imported when it is first used."""
 
-    q: tuple[int, ...]
-    k: tuple[int, ...]
-    v: tuple[int, ...]
-    dtype: Any
-    mask: Mask
-    soft_cap: float
-    sinks: bool
-    bias: bool
-    score_mod: bool
+    def function(*args: Any, **options: Any) -> tuple[Array, Array]:
+        return fused.attention(importlib.import_module(f"kernels.attention.{name}"), *args, **options)
+
+    return dispatch.Implementation(name, function, CAPABILITIES[name].refuses, platforms, kernel=True)
 
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": _kernel("pallas_tpu", "tpu"),
+    "mosaic_gpu": _kernel("mosaic_gpu", "gpu"),
+    "cudnn": dispatch.Implementation(
+        "cudnn", cudnn.attention, CAPABILITIES["cudnn"].refuses, ("gpu",), kernel=True, unsuited=cudnn.unsuited
+    ),
+    "triton": _kernel("triton", "gpu"),
     "xla": dispatch.Implementation("xla", xla.attention, lambda case: None),
     "reference": dispatch.Implementation("reference", reference.attention, lambda case: None),
 }
@@ -54,6 +56,8 @@ def attention(
     bias: Float[Array, "B|1 H|1 T|1 S"] | None = None,
     score_mod: Callable[..., Array] | None = None,
     score_arrays: Sequence[Array] = (),
+    dropout: float = 0.0,
+    dropout_seed: int | Int[Array, ""] = 0,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
     """Softmax attention (Vaswani et al. 2017) of H query heads on Hk key/value heads (Hk divides H).
@@ -62,7 +66,10 @@ def attention(
     `bias`, passed through `score_mod(scores, places, *score_arrays)`, masked. `sinks` adds exp(sinks) to the
     denominators: [H], one number per head, or [B|1, T|1, H], one per row. All of these arrays are differentiable;
     `score_mod` itself may close over static values only. It sees blocks of the map, so it must go by the numbers in
-    `places`, and stay finite wherever there are queries and keys.
+    `places`, and stay finite wherever there are queries and keys. `dropout` is the share of probabilities set to zero
+    (the others are divided by 1 - dropout; lse knows nothing of it): a pattern fixed by `dropout_seed`, batch row, head
+    and pair, the same in every implementation.
+
     Returns the output in q's type and the natural log of each row's denominator (sinks included), float32 (float64 for
     float64 inputs); both are differentiable. A row that may attend to nothing gives 0 and -inf, and zero gradients;
     inf or NaN in keys or values that a row may not see never reaches it.
@@ -73,25 +80,36 @@ def attention(
     Raises: `ValueError` for shapes that do not fit; `NotImplementedError` where the named implementation cannot.
     """
     _check(q, k, v, sinks, bias, q_tokens, k_tokens)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"attention: dropout must be at least 0 and below 1, not {dropout}")
     q_tokens, k_tokens = _tokens(q, k, q_tokens, k_tokens)
-    case = Case(
-        q.shape, k.shape, v.shape, q.dtype, mask, soft_cap, sinks is not None, bias is not None, score_mod is not None
-    )
-    chosen = dispatch.choose("attention", implementation, IMPLEMENTATIONS, case)
-    return chosen.function(
-        q,
-        k,
-        v,
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    changes = dict(
         mask=mask,
         q_tokens=q_tokens,
         k_tokens=k_tokens,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
         soft_cap=soft_cap,
-        sinks=sinks,
         bias=bias,
         score_mod=score_mod,
         score_arrays=tuple(score_arrays),
     )
+    case = Case(
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        mask,
+        (q_tokens, k_tokens),
+        soft_cap,
+        sinks is not None,
+        bias is not None,
+        score_mod is not None,
+        bool(score_arrays),
+        dropout,
+        functools.partial(program.build, q.shape, k.shape, scale=1.0, **changes),
+    )
+    chosen = dispatch.choose("attention", implementation, IMPLEMENTATIONS, case)
+    return chosen.function(q, k, v, scale=scale, sinks=sinks, dropout=dropout, dropout_seed=dropout_seed, **changes)
 
 
 def probabilities(

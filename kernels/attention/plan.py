@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from kernels.attention import dropout
 from kernels.attention.masks import EMPTY, FULL, Mask
 from kernels.attention.scores import Change, Inputs, Places
 from kernels.bits import bits, floats
@@ -53,6 +54,7 @@ class Tables(NamedTuple):
     q: dict[str, Array]
     k: dict[str, Array]
     tokens: tuple[Tokens, Tokens] | None  # For a function of the caller's on scores.
+    hashes: tuple[dict[str, Array], dict[str, Array]] | None  # For dropout.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Plan:
     partial: bool  # Some block may need the mask.
     runs: bool  # There may be runs of full blocks.
     singles: bool  # There may be other live blocks.
+    rate: float  # Of dropout.
     mask: Any  # Tree structure of the mask; its arrays are in the tables.
 
     @property
@@ -160,30 +163,47 @@ class Plan:
 
     def where(self, tables: Tables, b: Array, g: Array, i: Array, j: Array, x: Array, other: float) -> Array:
         """Scores x [kv heads, rows, bk] with `other` where the mask forbids."""
-        shape = (self.heads, self.ratio, self.block_q, self.block_k)
-        q, k = self._columns(tables, b, g, i, j)
-        q = {name: column[:, :, :, None] for name, column in q.items()}
-        k = {name: column[:, :, None, :] for name, column in k.items()}
-        allowed = self._rebuilt(tables).pairs(q, k)
-        if self.keys % self.block_k:
-            allowed &= (j * self.block_k + jnp.arange(self.block_k) < self.keys)[None, None, None]
-        return jnp.where(allowed, x.reshape(shape), other).reshape(x.shape)
+        return jnp.where(self._allowed(tables, b, g, i, j, False), self._split(x, False), other).reshape(x.shape)
 
     def where_transposed(self, tables: Tables, b: Array, g: Array, i: Array, j: Array, x: Array, other: float) -> Array:
         """The same for scores x [kv heads, bk, rows]."""
-        shape = (self.heads, self.block_k, self.ratio, self.block_q)
-        q, k = self._columns(tables, b, g, i, j)
-        q = {name: column[:, None, :, :] for name, column in q.items()}
-        k = {name: jnp.swapaxes(column, 1, 2)[..., None] for name, column in k.items()}
-        allowed = self._rebuilt(tables).pairs(q, k)
+        return jnp.where(self._allowed(tables, b, g, i, j, True), self._split(x, True), other).reshape(x.shape)
+
+    def dropped(self, tables: Tables, b: Array, g: Array, i: Array, j: Array, x: Array, transposed: bool) -> Array:
+        """Probabilities or their gradients, of either kind, after dropout."""
+        if not self.rate:
+            return x
+        q, k = self._sides(tables.hashes, b, g, i, j, transposed)
+        kept = dropout.kept(q["hash"], k["hash"], self.rate)
+        return jnp.where(kept, self._split(x, transposed) / (1 - self.rate), 0).reshape(x.shape)
+
+    def _split(self, x: Array, transposed: bool) -> Array:
+        """Query heads beside query tokens: [kv heads, ratio, bq, bk], or [kv heads, bk, ratio, bq]."""
+        rows = (self.ratio, self.block_q)
+        return x.reshape(self.heads, *((self.block_k, *rows) if transposed else (*rows, self.block_k)))
+
+    def _allowed(self, tables: Tables, b: Array, g: Array, i: Array, j: Array, transposed: bool) -> Array:
+        allowed = self._rebuilt(tables).pairs(*self._sides((tables.q, tables.k), b, g, i, j, transposed))
         if self.keys % self.block_k:
-            allowed &= (j * self.block_k + jnp.arange(self.block_k) < self.keys)[None, :, None, None]
-        return jnp.where(allowed, x.reshape(shape), other).reshape(x.shape)
+            inside = j * self.block_k + jnp.arange(self.block_k) < self.keys
+            allowed &= inside[None, :, None, None] if transposed else inside
+        return allowed
+
+    def _sides(
+        self, columns: tuple[dict, dict], b: Array, g: Array, i: Array, j: Array, transposed: bool
+    ) -> tuple[dict, dict]:
+        """Columns of query block i and key block j, as they broadcast against split scores."""
+        q, k = self._columns(columns, b, g, i, j)
+        if transposed:
+            k = {name: jnp.swapaxes(column, 1, 2)[..., None] for name, column in k.items()}
+            return {name: column[:, None] for name, column in q.items()}, k
+        k = {name: column[:, :, None, :] for name, column in k.items()}
+        return {name: column[..., None] for name, column in q.items()}, k
 
     def _rebuilt(self, tables: Tables) -> Mask:
         return jax.tree.unflatten(self.mask, tables.mask_arrays)
 
-    def _columns(self, tables: Tables, b: Array, g: Array, i: Array, j: Array) -> tuple[dict, dict]:
+    def _columns(self, columns: tuple[dict, dict], b: Array, g: Array, i: Array, j: Array) -> tuple[dict, dict]:
         """Columns of query block i and key block j, [kv heads|1, ratio|1, block]."""
         per = self.heads * self.ratio
 
@@ -193,8 +213,8 @@ class Plan:
             column = cut(column, at, (1, 1 if shared else per, size))
             return column.reshape(*((1, 1) if shared else (self.heads, self.ratio)), size)
 
-        q = {name: piece(column, i, self.block_q) for name, column in tables.q.items()}
-        return q, {name: piece(column, j, self.block_k) for name, column in tables.k.items()}
+        q = {name: piece(column, i, self.block_q) for name, column in columns[0].items()}
+        return q, {name: piece(column, j, self.block_k) for name, column in columns[1].items()}
 
 
 def _pick(x: Array, i: Array) -> Array:
@@ -283,14 +303,17 @@ def make(
     k: tuple[int, ...],
     change: Change,
     blocks: tuple[Blocks, Blocks],
+    rate: float = 0.0,
+    seed: Any = 0,
 ) -> tuple[tuple[Plan, Plan], tuple[Tables, Tables]]:
     """Plan and tables of the forward (visited by query blocks) and of the backward (by key blocks).
 
     Where all columns are NumPy, so are the tables, and the plans know which kinds of blocks there are.
     """
     columns = mask.prepare(q_tokens, k_tokens)
+    hashes = dropout.columns(seed, q[0], q[2], q[1], k[1]) if rate else None
     made = [
-        _make(mask, columns, (q_tokens, k_tokens), q, k, change, size, by_keys)
+        _make(mask, columns, (q_tokens, k_tokens), q, k, change, size, by_keys, rate, hashes)
         for size, by_keys in zip(blocks, (False, True), strict=True)
     ]
     return tuple(zip(*made, strict=True))  # type: ignore[return-value]
@@ -305,6 +328,8 @@ def _make(
     change: Change,
     blocks: Blocks,
     by_keys: bool,
+    rate: float,
+    hashes: tuple[Array, Array] | None,
 ) -> tuple[Plan, Tables]:
     block_q, block_k = min(blocks.q, q[1]), min(blocks.k, k[1])
     ratio, groups = q[2] // k[2], k[2] // blocks.heads
@@ -317,7 +342,7 @@ def _make(
         low, high = status.min(2), status.max(2)
         status = low + ((low == EMPTY) & (high > EMPTY)).astype(status.dtype)
     status = status.swapaxes(2, 3) if by_keys else status
-    merge = blocks.merge if change.linear else 1
+    merge = blocks.merge if change.linear and not rate else 1
     lists = _lists(status, merge)
     known = isinstance(status, np.ndarray)
     arrays, tree = jax.tree.flatten(mask)
@@ -334,6 +359,7 @@ def _make(
         partial=not known or bool((status != FULL).any()),
         runs=lists.run_order.shape[-1] > 0 and (not known or bool(lists.runs.any())),
         singles=not known or bool(lists.singles.any()),
+        rate=rate,
         mask=tree,
     )
     return plan, Tables(
@@ -346,6 +372,12 @@ def _make(
         else (
             tokens[0].map(lambda column: _pad_edge(column, plan.q_blocks * block_q)),
             tokens[1].map(lambda column: _pad_edge(column, plan.k_blocks * block_k)),
+        ),
+        hashes=None
+        if hashes is None
+        else (
+            {"hash": _pad_edge(hashes[0], plan.q_blocks * block_q)},
+            {"hash": _pad_edge(hashes[1], plan.k_blocks * block_k)},
         ),
     )
 

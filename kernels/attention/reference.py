@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from kernels.attention.dropout import columns, kept
 from kernels.attention.masks import Mask
 from kernels.attention.scores import Places
 from kernels.tokens import Tokens
@@ -55,9 +56,14 @@ def weights(
     return jnp.where(allowed, e / total, 0), jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
 
 
-def attention(q: Array, k: Array, v: Float[Array, "B S Hk Dv"], **options: Any) -> tuple[Array, Array]:
+def attention(
+    q: Array, k: Array, v: Float[Array, "B S Hk Dv"], *, dropout: float = 0.0, dropout_seed: Any = 0, **options: Any
+) -> tuple[Array, Array]:
     """Output [B, T, H, Dv] in q's type and lse [B, T, H]; see `kernels.attention.attention`."""
     p, lse = weights(q, k, spoilt_keys=~jnp.isfinite(v).all(-1), **options)
+    if dropout:
+        rows, keys = columns(dropout_seed, *p.shape[:2], *p.shape[2:])
+        p = jnp.where(kept(rows[..., None], keys[..., None, :], dropout), p / (1 - dropout), 0)
     v = jnp.repeat(jnp.where(jnp.isfinite(v), v, 0), q.shape[2] // k.shape[2], axis=2)
     out = jnp.einsum("bhts,bshe->bthe", p, v.astype(p.dtype), precision="highest")
     lse = lse.transpose(0, 2, 1)

@@ -62,3 +62,14 @@ class Change:
     def pull(self, s: Array, inputs: tuple[Any, ...], at: Places) -> tuple[Array, Callable[[Array], tuple[Any, ...]]]:
         """The changed scores, and what makes of their gradient those of s, bias and arrays."""
         return jax.vjp(lambda s, bias, arrays: self(s, bias, arrays, at), s, *inputs)
+
+
+def check_closure(function: Any) -> None:
+    """Refuses a `score_mod` that closes over a traced array, whose gradient would be lost."""
+    cells = getattr(function, "__closure__", None) or ()
+    for name, cell in zip(getattr(getattr(function, "__code__", None), "co_freevars", ()), cells, strict=False):
+        if isinstance(cell.cell_contents, jax.core.Tracer):
+            raise ValueError(
+                f"attention: score_mod closes over the traced array {name!r}: give it in score_arrays, as a further "
+                "argument of score_mod"
+            )

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from kernels.attention import plan, reference
 from kernels.attention.masks import Mask
 from kernels.attention.plan import Plan, Tables, add_shared, cut, cut_shared, put
-from kernels.attention.scores import Change, Inputs
+from kernels.attention.scores import Change, Inputs, check_closure
 from kernels.bits import bits, floats, stored
 from kernels.tokens import Tokens
 from kernels.varying import alike
@@ -41,6 +41,8 @@ def attention(
     bias: Array | None = None,
     score_mod: Any = None,
     score_arrays: tuple[Array, ...] = (),
+    dropout: float = 0.0,
+    dropout_seed: Any = 0,
     blocks: tuple[plan.Blocks, plan.Blocks] | None = None,
 ) -> tuple[Array, Array]:
     """As `kernels.attention.attention`; `blocks` overrides the block sizes of forward and backward."""
@@ -60,8 +62,10 @@ def attention(
             bias=bias,
             score_mod=score_mod,
             score_arrays=score_arrays,
+            dropout=dropout,
+            dropout_seed=dropout_seed,
         )
-    _check_closure(score_mod)
+    check_closure(score_mod)
     if blocks is None:
         usual = plan.choose_blocks(q.shape, k.shape, v.shape)
         blocks = plan.adapted(usual, mask, q_tokens, k_tokens, q.shape, k.shape)
@@ -73,6 +77,8 @@ def attention(
         k.shape,
         Change(float(scale), float(soft_cap), score_mod, bias is not None),
         blocks,
+        float(dropout),
+        dropout_seed,
     )
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
@@ -134,6 +140,7 @@ def _forward(
                 p = jnp.exp(late * (s - safe[..., None]))
                 shrink = jnp.exp(late * (top - safe))
                 total = total * shrink + p.sum(-1)
+                p = plan.dropped(tables, b, g, i, j, p, False)
                 sum_ = sum_ * shrink[..., None] + _dot(p.astype(v.dtype), value, 2, 1, dtype)
                 return new, total, sum_
 
@@ -216,7 +223,9 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
                     s, pull = plan.change.pull(plan.turned(s), arrays, places)
                     s = jnp.where(row_lse == jnp.inf, 0, plan.turned_back(s))
                 p = jnp.exp(s - row_lse)
-                ds = p * (_dot(values, d_out, 2, 2, dtype) - row_delta)
+                dp = plan.dropped(tables, b, g, i, j, _dot(values, d_out, 2, 2, dtype), True)
+                ds = p * (dp - row_delta)
+                p = plan.dropped(tables, b, g, i, j, p, True)
                 if masked:
                     p, ds = (plan.where_transposed(tables, b, g, i, j, x, 0.0) for x in (p, ds))
                 if not linear:
@@ -259,16 +268,6 @@ def _backward(plans: tuple[Plan, Plan], saved: Any, cotangents: tuple[Array, Arr
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _check_closure(function: Any) -> None:
-    cells = getattr(function, "__closure__", None) or ()
-    for name, cell in zip(getattr(getattr(function, "__code__", None), "co_freevars", ()), cells, strict=False):
-        if isinstance(cell.cell_contents, jax.core.Tracer):
-            raise ValueError(
-                f"attention: score_mod closes over the traced array {name!r}: give it in score_arrays, as a further "
-                "argument of score_mod"
-            )
 
 
 def _finite_at(values: Array, width: int) -> Array:
