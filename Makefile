@@ -2,7 +2,7 @@
 # `make help` lists the rest. PYTHON=/path/to/python chooses the interpreter (3.11 or newer).
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check lint format types lock clean
+.PHONY: help quickstart test check lint format types tpu-compile lock clean
 
 # Tests run in one process per core, at most four; ARGS="tests/test_masks.py -k window" chooses, WORKERS= runs in one.
 WORKERS ?= -n auto --maxprocesses=4 --dist worksteal
@@ -11,7 +11,7 @@ WORKERS ?= -n auto --maxprocesses=4 --dist worksteal
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
 
 quickstart: ## Train small language models with three attentions, compare them, write report.html (under 5 minutes)
 	@python=$$(tools/environment) && "$$python" train.py --sweep=configs/sweeps/quickstart.py
@@ -29,6 +29,9 @@ format: ## ruff: put everything into the house format
 
 types: ## mypy on the packages
 	@python=$$(tools/environment dev) && "$$python" -m mypy
+
+tpu-compile: ## Compile every TPU kernel and a sharded training step for v5e, v5p and v6e; no TPU needed
+	@python=$$(tools/environment tpu .venv-tpu) && "$$python" benchmarks/tpu_compile.py $(ARGS)
 
 lock: ## Write requirements/ anew from pyproject.toml (needs uv)
 	@tools/lock

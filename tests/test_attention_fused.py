@@ -263,3 +263,26 @@ def test_the_program_of_a_mask_is_its_rule():
             rows, cols = ([np.broadcast_to(x, (2, 4, 12))[b, h] for x in side] for side in streams[:2])
             rows, cols = [x[3:9, None] for x in rows], [x[None, 2:12] for x in cols]
             np.testing.assert_array_equal(made.allowed(rows, cols) & np.ones((6, 10), bool), expected[b, h, 3:9, 2:12])
+
+
+def test_lists_of_blocks_decide_which_blocks_are_visited(stand_in):
+    """Kernel blocks lie within the blocks of a list; rules beside it are evaluated by pair; traced lists too."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 80, n, 8)), jnp.float32) for n in (4, 2, 2))
+    live = rng.random((1, 4, 5, 3)) < 0.4
+
+    def out(name, live):
+        mask = masks.blocks(live, 16, 32) & masks.causal() & masks.sliding_window(37)
+        return attention(q, k, v, mask=mask, implementation=name)
+
+    for found in (out("stand_in", live), jax.jit(functools.partial(out, "stand_in"))(live)):
+        for a, b in zip(found, out("reference", live), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+    whole, tokens_ = masks.blocks(np.ones((4, 4), bool), 24), sequence(80)
+    with pytest.raises(NotImplementedError, match="a kernel's blocks are multiples of 16"):
+        fused.divided(whole, tokens_, tokens_)
+    with pytest.raises(NotImplementedError, match="not known to begin where a block does"):
+        fused.divided(masks.blocks(live, 16, 32), sequence(80, 8), tokens_)
+    with pytest.raises(NotImplementedError, match="on pairs of queries and keys"):
+        out_of = masks.blocks(live, 16, 32) | masks.causal()
+        attention(q, k, v, mask=out_of, implementation="stand_in")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
-from kernels.attention import cudnn, fused, masks, program, reference, xla
+from kernels.attention import cudnn, fused, masks, reference, xla
 from kernels.attention.capabilities import CAPABILITIES, Case
 from kernels.attention.masks import Mask
 from kernels.attention.scores import Places
@@ -106,7 +106,7 @@ def attention(
         score_mod is not None,
         bool(score_arrays),
         dropout,
-        functools.partial(program.build, q.shape, k.shape, scale=1.0, **changes),
+        functools.partial(fused.elementwise, q, k, **changes),
     )
     chosen = dispatch.choose("attention", implementation, IMPLEMENTATIONS, case)
     return chosen.function(q, k, v, scale=scale, sinks=sinks, dropout=dropout, dropout_seed=dropout_seed, **changes)

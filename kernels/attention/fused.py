@@ -7,6 +7,8 @@ denominator, and the custom gradient.
 
 import dataclasses
 import functools
+import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -15,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from kernels import tuning
 from kernels.attention import program, worklist
-from kernels.attention.masks import FULL, Mask
+from kernels.attention.masks import FULL, And, Mask, everything
+from kernels.attention.masks.lists import Blocks
 from kernels.attention.program import Program, Streams
 from kernels.attention.scores import check_closure
 from kernels.attention.worklist import Lists
@@ -118,10 +122,11 @@ def attention(
         out, lse = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf)
         out, lse = alike((out, lse), q, k, v)
         return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
+    ruled, listed = divided(mask, q_tokens, k_tokens)
     made, streams = program.build(
         q.shape,
         k.shape,
-        mask=mask,
+        mask=ruled,
         q_tokens=q_tokens,
         k_tokens=k_tokens,
         scale=float(scale),
@@ -132,7 +137,8 @@ def attention(
         rate=float(dropout),
         seed=dropout_seed,
     )
-    sizes = blocks or kernel.chosen(q.shape, k.shape, v.shape, q.dtype)
+    sizes = blocks or _tuned(kernel, q, k, v) or kernel.chosen(q.shape, k.shape, v.shape, q.dtype)
+    sizes = Sizes(*(_within(size, listed) for size in sizes))
     columns = mask.prepare(q_tokens, k_tokens)
     status = [worklist.classes(mask, columns, q.shape[1], k.shape[1], *size) for size in sizes]
     lists = [worklist.lists(x) for x in status]
@@ -151,6 +157,48 @@ def attention(
     q, k, v, streams = alike((q, k, v, streams), *jax.tree.leaves((q, k, v, streams)))
     out, lse = _attention(plan, q, k, v, streams, tuple(lists))
     return (out, lse) if sinks is None else with_sinks(out, lse, sinks)
+
+
+def tuning_case(q: Any, k: Any, v: Any) -> dict[str, Any]:
+    """What block sizes are looked up by: the facts of a call on which the fastest ones depend."""
+    lengths = {"length": q.shape[1], "keys": k.shape[1]}
+    return {"dtype": jnp.dtype(q.dtype).name, "width": q.shape[3], "value_width": v.shape[3], **lengths}
+
+
+def _tuned(kernel: Kernel, q: Array, k: Array, v: Array) -> Sizes | None:
+    found = tuning.lookup("attention", kernel.__name__.rpartition(".")[2], **tuning_case(q, k, v))  # type: ignore[attr-defined]
+    return None if found is None else Sizes(tuple(found["forward"]), tuple(found["backward"]))
+
+
+def divided(mask: Mask, q_tokens: Tokens, k_tokens: Tokens) -> tuple[Mask, tuple[Blocks, ...]]:
+    """The mask in two parts, both of which must allow a pair: rules, evaluated by pair, and lists of whole blocks.
+
+    Kernel blocks are cut so that each lies within one block of every list; then their classes say all there is to say.
+    Raises `NotImplementedError` where that cannot be: a list inside an `|` or `~`, blocks that are no multiples of 16,
+    tokens that do not begin where a block does.
+    """
+    terms = mask.terms if isinstance(mask, And) else (mask,)
+    listed = tuple(term for term in terms if isinstance(term, Blocks))
+    for term in listed:
+        for side, size in ((q_tokens, term.size_q), (k_tokens, term.size_k)):
+            index = side.index
+            known = isinstance(index, np.ndarray) and index.size > 0
+            if not known or (index != index[:, :1] + np.arange(index.shape[1])).any() or (index[:, 0] % size).any():
+                raise NotImplementedError(f"mask {term} over tokens that are not known to begin where a block does")
+            if size % 16:
+                raise NotImplementedError(f"mask {term}; a kernel's blocks are multiples of 16")
+    rules = [term for term in terms if not isinstance(term, Blocks)]
+    return functools.reduce(operator.and_, rules, everything()), listed
+
+
+def _within(size: tuple[int, int], listed: tuple[Blocks, ...]) -> tuple[int, int]:
+    return math.gcd(size[0], *(x.size_q for x in listed)), math.gcd(size[1], *(x.size_k for x in listed))
+
+
+def elementwise(q: Any, k: Any, *, mask: Mask, q_tokens: Tokens, k_tokens: Tokens, **changes: Any) -> None:
+    """Raises `NotImplementedError` where no kernel can do what is asked of scores q.k."""
+    ruled, _ = divided(mask, q_tokens, k_tokens)
+    program.build(q.shape, k.shape, mask=ruled, q_tokens=q_tokens, k_tokens=k_tokens, scale=1.0, **changes)
 
 
 def with_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
