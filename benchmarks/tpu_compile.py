@@ -84,11 +84,12 @@ def training_step(devices) -> dict:
     """A step of the base language model on four chips, parameters in pieces over two and heads over two."""
     from configs import lm
     from data.tokenizers import ByteTokenizer
-    from sharding import collectives
+    from sharding.collectives import collectives, summary
     from sharding.layout import build
     from training import setup
 
     config = lm.get_config("attention=gqa,size=base")
+    config.data.batch_size = 16
     config.sharding.preset, config.sharding.data, config.sharding.model = "fsdp_tp", 2, 2
     tokenizer, layout = ByteTokenizer(), build(config.sharding, devices)
     training = setup.build(config, setup.network(config, tokenizer), layout, tokenizer)
@@ -97,7 +98,7 @@ def training_step(devices) -> dict:
     batch = {name: jax.ShapeDtypeStruct(size, kind, sharding=place) for name, kind in kinds.items()}
     begun = time.perf_counter()
     program = training.step.lower(training.abstract, batch).compile()
-    found = collectives.summary(collectives.collectives(program, layout.mesh))
+    found = summary(collectives(program, layout.mesh))
     return described(program) | {
         "seconds": round(time.perf_counter() - begun, 2),
         "state_bytes_per_device": setup.bytes_per_device(training.abstract),

@@ -20,7 +20,8 @@ class Implementation:
     `supports(case)` answers None where the implementation can do the case, else the reason why it cannot; it reads
     declared facts (shapes, types, which options are set) and traces nothing. `platforms` are those on which it may be
     chosen without being named ("cpu", "gpu", "tpu"); a `kernel` runs nowhere else, but for its interpreter.
-    `unsuited(case)` may give a reason not to choose it for a case unless it is named.
+    `unsuited(case)` may give a reason not to choose it for a case unless it is named. `untried` kernels have been
+    interpreted and compiled, but never run on a chip: choosing one is logged as a warning.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Implementation:
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
     kernel: bool = False
     unsuited: Callable[[Any], str | None] = lambda case: None
+    untried: bool = False
 
     def refusal(self, case: Any, platform: str, named: bool) -> str | None:
         """Why it cannot (or, where it is not named, should not) do the case on this platform."""
@@ -80,14 +82,23 @@ def choose(
     for name, candidate in candidates.items():
         reason = candidate.refusal(case, platform, named=False)
         if reason is None:
-            _tell_once(op_name, name, platform, tuple(refused))
+            _tell_once(op_name, candidate, platform, tuple(refused))
             return candidate
         refused.append(f"{name}: {reason}")
     raise NotImplementedError(f"{op_name}: no implementation can do this case on {platform} ({'; '.join(refused)})")
 
 
-def _tell_once(op_name: str, chosen: str, platform: str, refused: tuple[str, ...]) -> None:
-    key = (op_name, chosen, platform, refused)
-    if key not in _told:
-        _told.add(key)
-        _logger.info("%s on %s: %s%s", op_name, platform, chosen, f" (refused {'; '.join(refused)})" if refused else "")
+def _tell_once(op_name: str, chosen: Implementation, platform: str, refused: tuple[str, ...]) -> None:
+    key = (op_name, chosen.name, platform, refused)
+    if key in _told:
+        return
+    _told.add(key)
+    reasons = f" (refused {'; '.join(refused)})" if refused else ""
+    _logger.info("%s on %s: %s%s", op_name, platform, chosen.name, reasons)
+    if chosen.untried:
+        _logger.warning(
+            "%s: the kernel %s has been interpreted and compiled, but never run on a chip; compare it with "
+            "implementation='xla' before you trust it",
+            op_name,
+            chosen.name,
+        )

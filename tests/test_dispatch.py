@@ -56,7 +56,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
 
 KERNELS = {
     "chip": Implementation(
-        "chip", lambda: "chip", lambda case: None, ("tpu",), kernel=True, unsuited=lambda case: case
+        "chip", lambda: "chip", lambda case: None, ("tpu",), kernel=True, unsuited=lambda case: case, untried=True
     ),
     "anywhere": Implementation("anywhere", lambda: "anywhere", lambda case: None),
 }
@@ -79,7 +79,10 @@ def test_what_is_unsuited_is_used_only_by_name(caplog) -> None:
     with platform.compiling_for("tpu"), caplog.at_level(logging.INFO, logger="tessera.kernels"):
         assert choose("op", "chip", KERNELS, "it is rough").name == "chip"
         assert choose("op", None, KERNELS, "it is rough").name == "anywhere"
-    assert "refused chip: it is rough" in caplog.text
+        assert "refused chip: it is rough" in caplog.text
+        assert "never run on a chip" not in caplog.text
+        choose("op", None, KERNELS, None)
+    assert caplog.messages[-1].startswith("op: the kernel chip has been interpreted and compiled, but never run")
 
 
 def test_a_module_is_imported_when_its_function_is_first_called() -> None:

@@ -1,5 +1,6 @@
 """What the documents tell a person to type works as they say, and what they name exists."""
 
+import json
 import os
 import re
 import shlex
@@ -44,6 +45,18 @@ def test_the_tour_of_the_readme(tmp_path):
     assert (tmp_path / "runs" / "sharded" / "report.html").exists()
 
 
+def test_the_benchmark_of_kernels(tmp_path):
+    (line,) = commands("docs/kernels.md")
+    done = call(f"{line} --output={tmp_path / 'kernels.json'}", ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert {"xla", "reference"} <= set(row["rivals"]) and "it runs on tpu, not on cpu" in row["refused"]["pallas_tpu"]
+    assert all(0 < found["share_of_roofline"] and found["relative_error"] < 1e-5 for found in row["rivals"].values())
+    assert (tmp_path / "kernels.png").stat().st_size > 5000
+    wrong = call("python benchmarks/kernels.py --ops=attention --shapes=4k", ROOT)
+    assert wrong.returncode == 1 and "error: shape '4k' of attention" in wrong.stderr and "t4k" in wrong.stderr
+
+
 # tests/test_data_docs.py runs its document.
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "docs/data.md"])
 def test_python_in_documents_runs(document):
@@ -74,7 +87,7 @@ def test_table_of_variants_is_current():
 
 
 def test_locks_name_versions_and_no_places():
-    for name in ("run", "dev"):
+    for name in ("run", "dev", "tpu"):
         lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
         assert lines and all(re.fullmatch(r"[\w.-]+==[\w.+]+( ; .+)?", line) for line in lines)
     run, dev = ((ROOT / "requirements" / f"{name}.txt").read_text().splitlines() for name in ("run", "dev"))

@@ -27,7 +27,7 @@ def _kernel(name: str, *platforms: str) -> dispatch.Implementation:
     def function(*args: Any, **options: Any) -> tuple[Array, Array]:
         return fused.attention(importlib.import_module(f"kernels.attention.{name}"), *args, **options)
 
-    return dispatch.Implementation(name, function, CAPABILITIES[name].refuses, platforms, kernel=True)
+    return dispatch.Implementation(name, function, CAPABILITIES[name].refuses, platforms, kernel=True, untried=True)
 
 
 IMPLEMENTATIONS = {
