@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels import dispatch
-from kernels.lightning import cost, reference, xla
+from kernels.lightning import cost, limits, reference, xla
 from kernels.lightning.decay import decay_rates
 from kernels.lightning.timeline import timeline
 from kernels.tokens import Tokens, sequence
@@ -27,6 +27,20 @@ class Case:
 
 
 IMPLEMENTATIONS = {
+    "pallas_tpu": dispatch.Implementation(
+        "pallas_tpu",
+        dispatch.later("kernels.lightning.pallas_tpu", "lightning_attention"),
+        limits.tpu_refusal,
+        platforms=("tpu",),
+        kernel=True,
+    ),
+    "triton": dispatch.Implementation(
+        "triton",
+        dispatch.later("kernels.lightning.triton", "lightning_attention"),
+        limits.gpu_refusal,
+        platforms=("gpu",),
+        kernel=True,
+    ),
     "xla": dispatch.Implementation("xla", xla.lightning_attention, lambda case: None),
     "reference": dispatch.Implementation("reference", reference.dense, lambda case: None),
     "recurrent": dispatch.Implementation("recurrent", reference.recurrent, lambda case: None),
@@ -65,7 +79,7 @@ def lightning_attention(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     zeros = alike(jnp.zeros((q.shape[0], *q.shape[2:], v.shape[3]), wide), k, v)
     state = zeros if initial_state is None else initial_state.astype(wide) + zeros
-    if tokens is None and chosen.name != "xla":
+    if tokens is None and chosen.name in ("reference", "recurrent"):
         tokens = sequence(q.shape[1])
     return chosen.function(q, k, v, decay, None if tokens is None else timeline(tokens), state, chunk)
 
