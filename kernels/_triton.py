@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ def available() -> str | None:
 
 
 def call(
-    kernel: Callable[..., Any],
+    kernel: Any,
     *inputs: Any,
     out_shape: Any,
     grid: int | tuple[int, ...],
@@ -120,7 +120,7 @@ def _interpret(
 ) -> Any:
     from kernels import _triton_interpreter
 
-    shapes, structure = jax.tree.flatten(out_shape)
+    shapes, structure = jax.tree.flatten(out_shape)  # type: tuple[list[Any], Any]
 
     def run(*arrays: Any) -> Any:
         left = iter(arrays)
