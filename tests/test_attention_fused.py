@@ -286,3 +286,24 @@ def test_lists_of_blocks_decide_which_blocks_are_visited(stand_in):
     with pytest.raises(NotImplementedError, match="on pairs of queries and keys"):
         out_of = masks.blocks(live, 16, 32) | masks.causal()
         attention(q, k, v, mask=out_of, implementation="stand_in")
+
+
+def test_what_belongs_to_rows_or_keys_alone_never_becomes_a_map():
+    """Broadcast early or late, it enters as a column."""
+
+    def early(s, at, slope):
+        row = jnp.broadcast_to(0.5 * at.query, s.shape)
+        return s + jnp.log2(1 + row * 2) + jnp.broadcast_to(slope[at.head] * at.key, s.shape).clip(0, 9)
+
+    both = sequence(12)
+    slope = jnp.arange(4.0)
+    made, streams = program.build(
+        (2, 12, 4, 8), (2, 12, 2, 8), mask=masks.causal(), q_tokens=both, k_tokens=both, scale=1.0, soft_cap=0.0,
+        bias=None, score_mod=early, score_arrays=(slope,),
+    )  # fmt: skip
+    assert streams.tile is None and not made.has_tile
+    s, at = jnp.zeros((12, 12)), np.arange(12)
+    for h in range(4):
+        rows, cols = ([np.broadcast_to(x, (2, 4, 12))[0, h] for x in side] for side in streams[:2])
+        found = made.scores(s, [x[:, None] for x in rows], [x[None] for x in cols])
+        np.testing.assert_allclose(found, np.log2(1 + at)[:, None] + np.clip(h * at, 0, 9), rtol=1e-6)

@@ -81,8 +81,8 @@ def assert_close(found: tuple[np.ndarray, ...], setting: Setting, x: dict[str, n
 
 
 CASES = [("triton", setting) for setting in SETTINGS if setting != "wide"]
-CASES += [("xla", setting) for setting in SETTINGS if setting not in ("wide", "latent pages")]
-CASES += [("reference", setting) for setting in ("ragged", "capped", "latent", "pages of three")]
+CASES += [("xla", setting) for setting in SETTINGS if setting not in ("wide", "pages", "latent pages")]
+CASES += [("reference", setting) for setting in ("ragged", "capped", "pages of three")]
 # Pages of several heads go through the TPU's kernel below, where races are looked for.
 CASES += [("pallas_tpu", name) for name in ("ragged", "three queries", "capped", "latent", "latent pages")]
 
@@ -97,7 +97,7 @@ def test_float32_agrees_with_the_oracle_and_repeats_itself(name, setting) -> Non
         np.testing.assert_array_equal(first, again)
 
 
-BFLOAT16 = [("reference", "capped"), ("xla", "pages"), ("triton", "latent pages"), ("triton", "capped")]
+BFLOAT16 = [("xla", "pages"), ("triton", "latent pages"), ("triton", "capped")]
 BFLOAT16 += [("pallas_tpu", "wide")]
 
 
@@ -138,8 +138,10 @@ def test_what_a_query_may_not_see_never_reaches_it(name) -> None:
             assert np.isnan(out[sees]).any(-1).all()
 
 
-@pytest.mark.parametrize("mode", ["eager", "on_wait"])
-@pytest.mark.parametrize("kind, splits, calls", [("TPU v5e", 1, 1), ("TPU v5p", 2, 2)])
+@pytest.mark.parametrize(
+    "mode, kind, splits, calls",
+    [("eager", "TPU v5e", 1, 1), ("on_wait", "TPU v5e", 1, 1), ("on_wait", "TPU v5p", 2, 2)],
+)
 def test_copies_of_pages_have_no_races(mode, kind, splits, calls, monkeypatch) -> None:
     """On one core, and on two with a table too large for their scalar memory."""
     setting = SETTINGS["pages"]
@@ -322,10 +324,12 @@ def test_parts_are_the_live_blocks_once_each(splits, window) -> None:
             low = max(starts[row], own - window + 1 if window else 0)
             live |= {place // 16 for place in range(low, min(own + 1, 96))}
         assert found == sorted(live)
-    after = np.asarray(jax.jit(schedule.next_live)(count.reshape(-1)))
-    for piece, then in enumerate(after):
-        later = [n for n in range(piece + 1, count.size) if count.flat[n]]
-        assert then == (later[0] if later else piece)
+    for groups in (1, 7):
+        after = np.asarray(schedule.next_live(jnp.asarray(count.reshape(-1)), groups))
+        for piece, then in enumerate(after):
+            end = count.size if groups == 1 else (piece // splits + 1) * splits
+            later = [n for n in range(piece + 1, end) if count.flat[n]]
+            assert then == (later[0] if later else piece)
 
 
 @jax.jit

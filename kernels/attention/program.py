@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 from jax.extend import core
 from jaxtyping import Array
 
@@ -25,7 +26,7 @@ from kernels.tokens import Tokens
 # Primitives that a kernel evaluates on a block just as JAX does on the map.
 ELEMENTWISE = frozenset(
     "abs add and atan2 ceil clamp convert_element_type copy cos div eq erf exp exp2 expm1 floor ge gt integer_pow "
-    "is_finite le log log1p logistic lt max min mul ne neg not or pow rem round rsqrt select_n shift_left "
+    "is_finite le log log1p log2 logistic lt max min mul ne neg not or pow rem round rsqrt select_n shift_left "
     "shift_right_arithmetic shift_right_logical sign sin sqrt square stop_gradient sub tan tanh xor".split()
 )
 # Primitives that only rearrange the leading axes of a map, which a block does not have.
@@ -338,7 +339,7 @@ def _function(
     """Traces `function(score?, *arguments)` and cuts it into columns, given to `place`, and a `Function` of blocks."""
     leaves = jax.tree.leaves(arguments)
     kinds = [*([_SCORE] if score is not None else []), *jax.tree.leaves(dependence)]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtypes.canonicalize_dtype(x.dtype)), arguments)
     closed = jax.make_jaxpr(function)(*([] if score is None else [score]), *shapes)
     tracing = _Tracing(subject, place)
     values = [*([] if score is None else [None]), *leaves]
@@ -388,7 +389,7 @@ class _Tracing:
             inputs = [read(atom) for atom in eqn.invars]
             kind = functools.reduce(int.__or__, (x.kind for x in inputs), 0)
             name = eqn.primitive.name
-            if name in _INLINED and kind in _MAP:
+            if name in _INLINED:
                 inner = eqn.params[_INLINED[name]]
                 inner, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "jaxpr") else (inner, ())
                 scope = dict(zip(inner.invars, inputs, strict=True))
@@ -428,6 +429,14 @@ class _Tracing:
 
         for n, out in enumerate(eqn.outvars):
             env[out] = _Value(kind, out, compute=lambda n=n: compute()[n])
+        if eqn.primitive.name in ELEMENTWISE and any(x.narrow for x in inputs):
+
+            def narrowed() -> Any:
+                parts = [jnp.asarray((x.narrow or x.get)()) for x in inputs]
+                shape = np.broadcast_shapes(*(x.shape for x in parts))
+                return eqn.primitive.bind(*(jnp.broadcast_to(x, shape) for x in parts), **eqn.params)
+
+            env[eqn.outvars[0]].narrow = narrowed
         if eqn.primitive.name == "broadcast_in_dim":
             shape, axes = [1] * len(eqn.params["shape"]), eqn.params["broadcast_dimensions"]
             for axis, size in zip(axes, eqn.invars[0].aval.shape, strict=True):

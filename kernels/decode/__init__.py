@@ -60,7 +60,7 @@ def decode_attention(
     _check("decode_attention", q, k, v, lengths, value_width, starts, window, sinks, splits)
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"decode_attention: q {q.shape} and k {k.shape} differ in batch")
-    options = dict(value_width=value_width, starts=starts, window=window, sinks=sinks)
+    options: dict[str, Any] = dict(value_width=value_width, starts=starts, window=window, sinks=sinks)
     return _run(q, k, v, None, lengths, implementation, soft_cap=soft_cap, scale=scale, splits=splits, **options)
 
 
@@ -90,7 +90,7 @@ def paged_decode_attention(
     _check(name, q, k_pages, v_pages, lengths, value_width, starts, window, sinks, splits)
     if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or not _integer(block_table):
         raise ValueError(f"{name}: block_table must be integers [B, n] with B = {q.shape[0]}, not {_seen(block_table)}")
-    options = dict(value_width=value_width, starts=starts, window=window, sinks=sinks)
+    options: dict[str, Any] = dict(value_width=value_width, starts=starts, window=window, sinks=sinks)
     table = block_table.astype(jnp.int32)
     return _run(
         q, k_pages, v_pages, table, lengths, implementation, soft_cap=soft_cap, scale=scale, splits=splits, **options

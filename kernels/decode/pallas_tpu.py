@@ -65,7 +65,7 @@ def decode(
     (batch, queries, heads, width), kv_heads = q.shape, k.shape[2]
     if table is not None and table.size > limits.TPU_TABLE and batch > 1:  # Tables lie in scalar memory: 1 MiB.
         half = batch // 2
-        options = dict(sinks=sinks, value_width=value_width, window=window, soft_cap=soft_cap, scale=scale,
+        options: dict[str, Any] = dict(sinks=sinks, value_width=value_width, window=window, soft_cap=soft_cap, scale=scale,
                        splits=splits)  # fmt: skip
         halves = [
             decode(q[part], k, v, table=table[part], lengths=lengths[part], starts=starts[part], **options)
@@ -107,12 +107,12 @@ def decode(
     return out.astype(q.dtype), lse
 
 
-def _pieces(facts: _Facts, lengths: Array, starts: Array) -> tuple[Array, Array, Array, Array]:
+def _pieces(facts: _Facts, lengths: Array, starts: Array, cores: int = 1) -> tuple[Array, Array, Array, Array]:
     """Per piece of work: first block, number of blocks, next piece that has any; and the most blocks that one has."""
     first, last = schedule.visible(lengths, starts, facts.queries, facts.window, facts.slots)
     begin, count = schedule.parts(first, last, facts.block, facts.splits)
     begin, count = (jnp.repeat(x[:, None], facts.head_blocks, axis=1).reshape(-1) for x in (begin, count))
-    return begin, count, schedule.next_live(count), jnp.maximum(count.max(), 1)
+    return begin, count, schedule.next_live(count, cores), jnp.maximum(count.max(), 1)
 
 
 def _contiguous(
@@ -194,10 +194,8 @@ def _paged(
     pieces, splits, page = q.shape[0] * facts.splits, facts.splits, facts.page
     pages, entries, per_block = k.shape[0], table.shape[1], facts.block // facts.page
     cores = cores if pieces % cores == 0 else 1
-    begin, count, after, steps = _pieces(facts, lengths, starts)
-    own = jnp.arange(pieces, dtype=jnp.int32)
+    begin, count, after, steps = _pieces(facts, lengths, starts, cores)  # Each core fetches for itself alone.
     mine = pieces // cores
-    after = jnp.where(after // mine == own // mine, after, own)  # Each core fetches for itself alone.
     first, last = schedule.visible(lengths, starts, facts.queries, facts.window, facts.slots)
     bounds = (first[:, 0] // page, (last[:, -1] + page - 1) // page)
 
@@ -364,7 +362,7 @@ def _attend(
         sums[...] = fade * sums[...] + jnp.where(spoilt > 0, jnp.nan, weighed)
 
 
-def _allowed(facts: _Facts, shape: tuple[int, int], place: Any, length: Any, start: Any) -> Array:
+def _allowed(facts: _Facts, shape: tuple[int, ...], place: Any, length: Any, start: Any) -> Array:
     """Which of a block's columns (places, and heads within a place) each query row may see."""
     row = lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
     column = lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)

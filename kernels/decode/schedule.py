@@ -60,10 +60,11 @@ def parts(
     return begin // size + before, jnp.clip(live - before, 0, each)
 
 
-def next_live(count: Array) -> Array:
-    """For each piece of work the next one (behind it) that has blocks; its own number where there is none."""
+def next_live(count: Array, groups: int = 1) -> Array:
+    """For each piece of work the next one behind it that has blocks, or its own number where there is none; the pieces
+    are cut into `groups` that do not look beyond themselves."""
     none = count.shape[0]
-    own = jnp.arange(none, dtype=jnp.int32)
-    live = lax.cummin(jnp.where(count > 0, own, none), reverse=True)
-    after = jnp.append(live[1:], jnp.int32(none))
-    return jnp.where(after < none, after, own)
+    own = jnp.arange(none, dtype=jnp.int32).reshape(groups, -1)
+    live = lax.cummin(jnp.where(count.reshape(own.shape) > 0, own, none), axis=1, reverse=True)
+    after = jnp.pad(live[:, 1:], ((0, 0), (0, 1)), constant_values=none)
+    return jnp.where(after < none, after, own).reshape(-1)
