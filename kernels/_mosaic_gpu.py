@@ -175,13 +175,13 @@ def launch(
     body: Callable[..., None],
     inputs: Sequence[Any],
     *,
-    out_type: Sequence[jax.ShapeDtypeStruct],
+    out_type: Any,
     scratch: Any,
     grid: dict[str, int],
     groups: int,
     interpret: bool,
     approximate: bool,
-) -> Sequence[jax.Array]:
+) -> Any:
     """Runs `body(*inputs, *outputs, *scratch)` over a grid, the last axis fastest, with `groups` + 1 warpgroups."""
     if not interpret and unusable() is not None:
         raise NotImplementedError(unusable())

@@ -37,7 +37,7 @@ def path(kind: str) -> pathlib.Path:
 def record(kind: str, op: str, implementation: str, case: dict[str, Any], entry: dict[str, Any]) -> pathlib.Path:
     """Writes one result, in place of an older one of the same case; the file is replaced whole or not at all."""
     file = path(kind)
-    results = json.loads(file.read_text()) if file.exists() else {"device": kind}
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"device": kind}
     records = results.setdefault(op, {}).setdefault(implementation, [])
     records[:] = [old for old in records if old["case"] != case] + [{"case": case, **entry}]
     records.sort(key=lambda record: json.dumps(record["case"], sort_keys=True))

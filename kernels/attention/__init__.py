@@ -84,7 +84,7 @@ def attention(
         raise ValueError(f"attention: dropout must be at least 0 and below 1, not {dropout}")
     q_tokens, k_tokens = _tokens(q, k, q_tokens, k_tokens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    changes = dict(
+    changes: dict[str, Any] = dict(
         mask=mask,
         q_tokens=q_tokens,
         k_tokens=k_tokens,

@@ -284,7 +284,8 @@ def _gathered(found: Streams, streams: Streams) -> Any:
         return d.sum(tuple(axis for axis, n in enumerate(x.shape) if n == 1 < d.shape[axis]), keepdims=True)
 
     pairs = [zip(a, b, strict=False) for a, b in ((found.rows, streams.rows), (found.cols, streams.cols))]
-    gradients = Streams(*(tuple(one(d, x) for d, x in side) for side in pairs), one(found.tile, streams.tile))
+    rows, cols = (tuple(one(d, x) for d, x in side) for side in pairs)
+    gradients = Streams(rows, cols, one(found.tile, streams.tile))
     zeros = jax.tree.map(_zero, streams)
     return jax.tree.map(
         lambda zero, d: zero if d is None else d.astype(zero.dtype), zeros, gradients, is_leaf=lambda x: x is None

@@ -376,7 +376,7 @@ def _keys(
                 head, _, live, queries = walk(member, steps)
 
                 @pl.loop(steps, live)
-                def _(step: Any) -> None:
+                def fill(step: Any) -> None:
                     at = queries(step)
                     q_ring.fill(step, q_ref.at[row, head, at], statistics_ref.at[row, head, :, at])
                     do_ring.fill(step, do_ref.at[row, head, at])

@@ -62,7 +62,9 @@ def _evaluated(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[A
     env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def read(atom: Any) -> Any:
-        return jnp.full(atom.aval.shape, atom.val, atom.aval.dtype) if isinstance(atom, Literal) else env[atom]
+        if isinstance(atom, Literal):
+            return jnp.full(atom.aval.shape, atom.val, atom.aval.dtype)  # type: ignore[attr-defined]
+        return env[atom]
 
     for eqn in jaxpr.eqns:
         name, values = eqn.primitive.name, [read(atom) for atom in eqn.invars]

@@ -62,7 +62,7 @@ def _run(call: Call, walk: Steps, arrays: Any) -> dict[str, Array]:
             "out": (jax.ShapeDtypeStruct((batch, heads, length, value), q.dtype), blocks.queries(value)),
             "lse": (jax.ShapeDtypeStruct((batch, heads, length // block_q, 1, block_q), np.float32), blocks.numbers()),
         },
-        scratch=[pltpu.VMEM((block_q, n), np.float32) for n in (lanes, lanes, value)],
+        scratch=[pltpu.VMEM((block_q, n), np.dtype(np.float32)) for n in (lanes, lanes, value)],
         flops=2 * block_q * block_k * (width + value),
     )
 

@@ -72,7 +72,9 @@ class Function:
             env[var] = value != 0 if var.aval.dtype == bool else value.astype(var.aval.dtype)
 
         def read(atom: Any) -> Array:
-            return jnp.full(shape, atom.val, atom.aval.dtype) if isinstance(atom, core.Literal) else env[atom]
+            if isinstance(atom, core.Literal):
+                return jnp.full(shape, atom.val, atom.aval.dtype)  # type: ignore[attr-defined]
+            return env[atom]
 
         for eqn in self.equations:
             if eqn.primitive.name in _RESHAPING:
@@ -160,7 +162,7 @@ class Program:
         """Numbers of the columns that have a gradient."""
         return tuple(n for n in self.change.reads("col") if self.col_types[n] == np.float32)
 
-    def jaxpr(self, which: str, shape: tuple[int, int]) -> Any:
+    def jaxpr(self, which: str, shape: tuple[int, ...]) -> Any:
         """The closed jaxpr of one function on whole blocks: every operand is [bq, bk], every primitive elementwise.
 
         "scores" takes (s, *rows, *cols, tile?), "pull" the same and then ds, and gives ds of s, of `float_rows()`, of
@@ -300,7 +302,7 @@ def with_inside(program: Program, streams: Streams, keys: int, padded: int) -> t
     """The same where only the first `keys` of `padded` key places hold a key."""
     if keys == padded:
         return program, streams
-    inside = (np.arange(padded) < keys).astype(np.int32)[None, None]
+    inside: Any = (np.arange(padded) < keys).astype(np.int32)[None, None]
     number, variable = len(streams.cols), _boolean()
     if program.mask is None:
         mask = Function((), ((variable, ("col", number)),), variable)

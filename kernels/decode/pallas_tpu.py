@@ -65,8 +65,8 @@ def decode(
     (batch, queries, heads, width), kv_heads = q.shape, k.shape[2]
     if table is not None and table.size > limits.TPU_TABLE and batch > 1:  # Tables lie in scalar memory: 1 MiB.
         half = batch // 2
-        options: dict[str, Any] = dict(sinks=sinks, value_width=value_width, window=window, soft_cap=soft_cap, scale=scale,
-                       splits=splits)  # fmt: skip
+        options: dict[str, Any] = dict(value_width=value_width, window=window, soft_cap=soft_cap, scale=scale)
+        options |= dict(sinks=sinks, splits=splits)
         halves = [
             decode(q[part], k, v, table=table[part], lengths=lengths[part], starts=starts[part], **options)
             for part in (slice(None, half), slice(half, None))
