@@ -33,7 +33,7 @@ from kernels.platform import compiling_for  # noqa: E402
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SHAPES = {
-    "attention": ("t1k", "t4k", "t16k", "gqa4k", "d64", "mla4k", "window16k", "blocks10"),
+    "attention": ("t4k", "t16k", "gqa4k", "d64", "mla4k", "window16k", "blocks10"),
     "decode": ("gqa32k", "gqa32k_paged", "mla32k", "tpla32k_h64"),
     "lightning": ("t2k", "t16k", "t128k"),
 }
