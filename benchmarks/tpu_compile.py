@@ -37,7 +37,7 @@ SHAPES = {
     "decode": ("gqa32k", "gqa32k_paged", "mla32k", "tpla32k_h64"),
     "lightning": ("t2k", "t16k", "t128k"),
 }
-_VMEM = re.compile(r'"memory_space":"1","offset":"\d+","size":"(\d+)"')
+_VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 
 def compiled(function, arguments) -> dict:
