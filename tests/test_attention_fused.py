@@ -115,12 +115,12 @@ def test_what_is_not_elementwise_is_refused_before_anything_is_computed():
 REFUSALS = [
     ("mosaic_gpu", "NVIDIA A100", {}, "made for Hopper GPUs, not for NVIDIA A100"),
     ("mosaic_gpu", "NVIDIA H200", {"dtype": "float32"}, "float32 inputs; it does bfloat16, float16"),
-    ("mosaic_gpu", "NVIDIA H200", {"dropout": 0.1}, "dropout"),
     ("mosaic_gpu", "NVIDIA H200", {"width": 320}, "keys of width 320; at most 256"),
     ("triton", "NVIDIA A100", {"dtype": "float64"}, "float64 inputs"),
     ("cudnn", "NVIDIA H200", {"mask": masks.causal() | masks.prefix(2)}, "it does full attention, and causal"),
     ("cudnn", "NVIDIA H200", {"soft_cap": 3.0}, "scores changed by"),
     ("cudnn", "NVIDIA H200", {"sinks": True}, "sinks"),
+    ("cudnn", "NVIDIA H200", {"dropout": 0.1}, "dropout"),
 ]
 
 
@@ -129,7 +129,7 @@ def test_refusals_say_why(name, kind, change, message):
     shape = (1, 16, 2, change.pop("width", 64))
     settings = dict(
         q=shape, k=shape, v=shape, dtype="bfloat16", mask=masks.causal(), tokens=2 * (sequence(16),), soft_cap=0.0,
-        sinks=False, bias=False, score_mod=False, score_arrays=False, dropout=0.0, program=lambda: None,
+        sinks=False, bias=False, score_mod=False, dropout=0.0, program=lambda: None,
     )  # fmt: skip
     case = capabilities.Case(**{**settings, **change})
     with compiling_for("gpu", kind):

@@ -104,7 +104,6 @@ def attention(
         sinks is not None,
         bias is not None,
         score_mod is not None,
-        bool(score_arrays),
         dropout,
         functools.partial(fused.elementwise, q, k, **changes),
     )

@@ -28,7 +28,6 @@ class Case:
     sinks: bool
     bias: bool
     score_mod: bool
-    score_arrays: bool
     dropout: float
     program: Callable[[], Any] = dataclasses.field(compare=False)  # Traces what is elementwise, or refuses.
 
@@ -62,7 +61,6 @@ class Capability:
     dtypes: tuple[str, ...]
     widest: tuple[int, int]
     changes: bool = True  # Bias, soft cap, functions of scores.
-    gradients_of_changes: bool = True  # Of bias and of the function's arrays.
     dropout: bool = True
     least_queries: int = 1
     more: Callable[[Case], str | None] = lambda case: None
@@ -81,8 +79,6 @@ class Capability:
         changed = case.bias or case.score_mod or case.soft_cap
         if changed and not self.changes:
             return "scores changed by a bias, a soft cap or a function"
-        if (case.bias or case.score_arrays) and not self.gradients_of_changes:
-            return "gradients of a bias or of the arrays of score_mod"
         if case.dropout and not self.dropout:
             return "dropout"
         return self.more(case) or case.not_elementwise
@@ -112,9 +108,7 @@ def _cudnn(case: Case) -> str | None:
 
 CAPABILITIES = {
     "pallas_tpu": Capability(("bfloat16", "float32"), (640, 512)),
-    "mosaic_gpu": Capability(
-        ("bfloat16", "float16"), (256, 256), gradients_of_changes=False, dropout=False, more=_hopper
-    ),
+    "mosaic_gpu": Capability(("bfloat16", "float16"), (256, 256), more=_hopper),
     "triton": Capability(("bfloat16", "float16", "float32"), (256, 256), more=_triton),
     "cudnn": Capability(("bfloat16", "float16"), (128, 128), changes=False, dropout=False, more=_cudnn),
 }

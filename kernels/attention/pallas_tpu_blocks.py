@@ -169,7 +169,9 @@ class Blocks:
             )
 
         found = {"rows": {n: row(streams.rows[n]) for n in rows}, "cols": {n: col(streams.cols[n]) for n in cols}}
-        made: dict[str, Any] = {name: tuple({n: x[i] for n, x in side.items()} for i in (0, 1)) for name, side in found.items()}
+        made: dict[str, Any] = {
+            name: tuple({n: x[i] for n, x in side.items()} for i in (0, 1)) for name, side in found.items()
+        }
         if self.reads("tile"):
             if block_k % LANES and block_k != tile.shape[3] and not self.call.interpret:
                 raise NotImplementedError(
