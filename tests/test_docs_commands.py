@@ -87,7 +87,7 @@ def test_table_of_variants_is_current():
 
 
 def test_locks_name_versions_and_no_places():
-    for name in ("run", "dev", "tpu"):
+    for name in ("run", "dev", "cuda-plugin", "tpu"):
         lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
         assert lines and all(re.fullmatch(r"[\w.-]+==[\w.+]+( ; .+)?", line) for line in lines)
     run, dev = ((ROOT / "requirements" / f"{name}.txt").read_text().splitlines() for name in ("run", "dev"))
