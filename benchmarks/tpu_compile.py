@@ -50,7 +50,7 @@ def compiled(function, arguments) -> dict:
 def described(program) -> dict:
     """FLOPs, bytes and memory of one device's program."""
     cost, memory, text = program.cost_analysis(), program.memory_analysis(), program.as_text()
-    sizes = [int(size) for size in _VMEM.findall(text)]
+    sizes = [int(size) for line in text.splitlines() if "tpu_custom_call" in line for size in _VMEM.findall(line)]
     return {
         "flops": cost.get("flops"),
         "bytes": cost.get("bytes accessed"),
