@@ -132,6 +132,7 @@ def test_dropout(small_blocks):
 FORMS = {
     "arithmetic": lambda s, i, j: -(s + 2.5) * s / 3 - s / (2 + s * s) + abs(s) + lax.square(s) + (s + 4) ** -3 + s**5,
     "exponentials": lambda s, i, j: jnp.exp(s) + jnp.exp2(s) + jnp.expm1(s) + jnp.log1p(s * s) + jnp.log(s * s + 1),
+    "logarithms": lambda s, i, j: jnp.log2(s * s + 1) + jnp.log(s * s + 2),
     "roots": lambda s, i, j: jnp.sqrt(s * s + 1) + lax.rsqrt(s * s + 1) + lax.pow(s * s + 0.5, (i - j) * 0.1),
     "circles": lambda s, i, j: jnp.sin(s) + jnp.cos(s) + jnp.tan(s / 3) + jnp.arctan2(s, 1 + s * s),
     "sigmoids": lambda s, i, j: jnp.tanh(s) + jax.nn.sigmoid(s) + lax.erf(s) + jax.nn.softplus(s) + jax.nn.gelu(s),
@@ -197,7 +198,8 @@ def test_printed_functions_do_what_jnp_does(name):
 
 def test_all_primitives_of_programs_are_printed():
     used = {eqn.primitive.name for name in FORMS for eqn in built(name)[0].change.equations}
-    assert used >= program.ELEMENTWISE, program.ELEMENTWISE - used
+    of_later_versions = {name for name in ("log2",) if not hasattr(lax, f"{name}_p")}
+    assert used | of_later_versions >= program.ELEMENTWISE, program.ELEMENTWISE - used
 
 
 def test_primitives_without_a_form_are_named(monkeypatch):
