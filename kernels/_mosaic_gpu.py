@@ -1,7 +1,7 @@
 """What kernels for Hopper share: tiles in shared memory, rings of them filled by TMA, matrix products, the launch.
 
-A block is two (or one) warpgroups that compute and one that copies. A product with one operand in registers can not be
-interpreted; `product` then takes the long way through shared memory, so that schedule and masks run on a CPU too.
+A block is one or two warpgroups that compute, and one that copies for them. What the interpreter cannot do (products of
+operands in registers) is in `Products` alone, so that the schedule and everything else runs there as on a GPU.
 """
 
 import dataclasses
@@ -45,6 +45,11 @@ def stages(fixed: int, slot: int, most: int, least: int = 1) -> int:
     return count
 
 
+def tokens_first(*arrays: jax.Array) -> list[jax.Array]:
+    """[B, H, T, D] as [B, T, H, D], and back: TMA reads either, and this undoes what a driver does to get the other."""
+    return [x.swapaxes(1, 2) for x in arrays]
+
+
 def counts_first(visits: Any) -> tuple[Any, Any, Any]:
     """A list of live blocks as kernels take it: how many are full, how many live, and which."""
     return visits.full, visits.live, visits.order
@@ -65,6 +70,44 @@ def fewer_registers(groups: int) -> None:
 def of(ref: Any, row: Any, head: Any) -> Any:
     """The part of an array [B|1, H|1, ...] that belongs to a batch row and a head."""
     return ref.at[row if ref.shape[0] > 1 else 0, head if ref.shape[1] > 1 else 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """The steps of one block through its list of live blocks, each walked in parts of `part` tokens."""
+
+    order: Any  # Numbers of the live blocks, those that need no mask first.
+    first: Any  # The first step, where those that need a mask begin, and the end.
+    masked: Any
+    end: Any
+    block: int
+    part: int
+
+    @classmethod
+    def of(cls, lists: Any, row: Any, head: Any, number: Any, block: int, part: int, first: Any = 0) -> "Visits":
+        """Those of block `number`, from `counts_first(lists)` in global memory."""
+        full, live, order = (of(ref, row, head).at[number] for ref in lists)
+        parts = block // part
+        return cls(order, first, first + full[()] * parts, first + live[()] * parts, block, part)
+
+    def tokens(self, step: Any) -> Any:
+        """The number of the first token of a step; of any token where there is no such step."""
+        parts = self.block // self.part
+        step = jnp.clip(step - self.first, 0, self.order.shape[0] * parts - 1)
+        return self.order[lax.div(step, parts)] * self.block + lax.rem(step, parts) * self.part
+
+
+def each(first: Any, last: Any, body: Callable[[Any, Any, Any], Any], carry: Any, place: Any = None) -> Any:
+    """The carry after `body(step, place(step), carry)` of all steps; places are looked up one step ahead."""
+    if place is None:
+        return lax.fori_loop(first, last, lambda step, carry: body(step, None, carry), carry)
+
+    def one(step: Any, state: Any) -> Any:
+        here, carry = state
+        ahead = place(step + 1)
+        return ahead, body(step, here, carry)
+
+    return lax.fori_loop(first, last, one, (place(first), carry))[1]
 
 
 @dataclasses.dataclass(frozen=True)

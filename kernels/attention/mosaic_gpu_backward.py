@@ -4,6 +4,7 @@ One walks over keys and makes the gradient of queries, the other walks over quer
 head, and makes those of keys and values from transposed scores. Both make the scores anew (FlashAttention-2).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ from jaxtyping import Array, Float
 
 from kernels import _compat
 from kernels import _mosaic_gpu as hopper
-from kernels._mosaic_gpu import COL, ROW, TILE, Products, Ring
-from kernels.attention.mosaic_gpu_program import Streamed, lowerable, pulled, unsupported
+from kernels._mosaic_gpu import COL, ROW, TILE, Products, Ring, Visits
+from kernels.attention.mosaic_gpu_program import Streamed, approximable, lowerable, pulled, unsupported
 from kernels.attention.program import Program, Streams
 from kernels.varying import result
 
@@ -61,7 +62,7 @@ def backward(
 
     Raises: `NotImplementedError` for blocks the tensor cores cannot do, and for operations Mosaic GPU lacks.
     """
-    unsupported(call.program, (call.block_q, _ROWS), (call.block_k, _ROWS))
+    unsupported(call.program, call.block_q, call.block_k)
     statistics = jnp.stack([lse * _LOG2E, delta], axis=2)
     d_q, d_rows, d_tile = _queries(call, q, k, v, d_out, statistics, streams, lists.by_query)
     d_k, d_v, d_cols = _keys(call, q, k, v, d_out, statistics, streams, lists.by_key)
@@ -79,7 +80,9 @@ class _Scores(NamedTuple):
 
 def _scores(program: Program, s: Array, lse: Array, columns: Any, tile: Any, masked: bool) -> _Scores:
     """`lse` is in units of log 2. Of linear programs the gradient of raw scores is that of scores times `scale`."""
-    changed = s * program.scale if program.linear else lowerable(program.scores)(s, *columns, tile)
+    changed = s * program.scale
+    if not program.linear:
+        changed = plgpu.layout_cast(lowerable(program.scores)(s, *columns, tile), TILE)
     allowed = lowerable(program.allowed)(*columns) if masked else None
     kept, factor = lowerable(program.kept)(*columns), 1 / (1 - program.rate)
 
@@ -87,7 +90,8 @@ def _scores(program: Program, s: Array, lse: Array, columns: Any, tile: Any, mas
         return x if where is None else jnp.where(where, x, 0.0)
 
     def pull(d_s: Array) -> Any:
-        return jax.tree.map(lambda x: only(allowed, x), pulled(program, s, columns, tile, d_s))
+        # Where no key or no query is, scores are 0, and a function may have no slope there.
+        return jax.tree.map(lambda x: only(d_s != 0, x), pulled(program, s, columns, tile, d_s))
 
     p = only(allowed, jnp.exp2(changed * _LOG2E - lse))
     return _Scores(
@@ -105,37 +109,32 @@ def _queries(
     program, block_q, block_k = call.program, call.block_q, call.block_k
     (batch, heads, length, width), value_width = q.shape, v.shape[3]
     groups, stages, _ = queries_shape(block_q, width, value_width)
-    owned, parts, ratio = groups * _ROWS, block_k // _ROWS, heads // k.shape[1]
+    owned, ratio = groups * _ROWS, heads // k.shape[1]
     streamed, products = Streamed(program), Products(call.interpret)
     wanted, whole = program.float_rows(), _float_tile(program, streams)
 
-    def kernel(
-        q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, statistics_ref: Any, visits: Any, streams: Any,
+    def attention_queries(
+        q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, statistics_ref: Any, lists: Any, streams: Any,
         dq_ref: Any, d_row_refs: Any, d_tile_ref: Any,
         q_tiles: Any, do_tiles: Any, loaded: Any, k_ring: Any, v_ring: Any, spare: Any,
     ) -> None:  # fmt: skip
         k_ring, v_ring = Ring(*k_ring), Ring(*v_ring)
         group, row, head = (lax.axis_index(name) for name in ("group", "batch", "head"))
         first = length - owned - lax.axis_index("tile") * owned  # The longest first where the mask is causal.
-        full, live, order = (hopper.of(ref, row, head) for ref in visits)
-        block = lax.div(first, block_q)
-        full, live, order = full[block] * parts, live[block] * parts, order.at[block]
-
-        def keys_of(step: Any) -> Any:
-            return pl.ds(order[lax.div(step, parts)] * block_k + lax.rem(step, parts) * _ROWS, _ROWS)
+        visits = Visits.of(lists, row, head, lax.div(first, block_q), block_k, _ROWS)
 
         @pl.when(group < groups)
         def _() -> None:
             hopper.more_registers(groups)
             queries = pl.ds(first + group * _ROWS, _ROWS)
             q_tile, do_tile = q_tiles.at[group], do_tiles.at[group]
-            plgpu.copy_gmem_to_smem(q_ref.at[row, head, queries], q_tile, loaded.at[group])
-            plgpu.copy_gmem_to_smem(do_ref.at[row, head, queries], do_tile, loaded.at[group])
+            plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_tile, loaded.at[group])
+            plgpu.copy_gmem_to_smem(do_ref.at[row, queries, head], do_tile, loaded.at[group])
             lse, delta = (_compat.load(statistics_ref.at[row, head, n, queries], ROW) for n in (0, 1))
             q_columns = streamed.rows(streams, row, head, queries)
             plgpu.barrier_wait(loaded.at[group])
 
-            def visit(step: Any, carry: Any, masked: bool) -> Any:
+            def visit(step: Any, first_key: Any, carry: Any, masked: bool) -> Any:
                 d_q, d_rows = carry
                 k_ring.wait(step)
                 (k_tile,), (v_tile,) = k_ring.at(step), v_ring.at(step)
@@ -144,7 +143,7 @@ def _queries(
                     products.start(s_ref, q_tile, k_tile.T)
                     v_ring.wait(step)
                     products.start(dp_ref, do_tile, v_tile.T)
-                    keys = keys_of(step)
+                    keys = None if first_key is None else pl.ds(first_key, _ROWS)
                     k_columns = streamed.cols(streams, row, head, keys, masked)
                     tile = streamed.tile(streams, row, head, queries, keys)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
@@ -169,13 +168,14 @@ def _queries(
 
             d_q = plgpu.layout_cast(jnp.zeros((_ROWS, width), jnp.float32), TILE)
             carry = d_q, [plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), ROW) for _ in wanted]
-            carry = lax.fori_loop(0, full, lambda step, carry: visit(step, carry, False), carry)
-            if program.mask is not None:
-                carry = lax.fori_loop(full, live, lambda step, carry: visit(step, carry, True), carry)
+            for masked in (False, True) if program.mask is not None else (False,):
+                steps = (visits.masked, visits.end) if masked else (0, visits.masked)
+                place = streamed.looks_up("col", visits, masked)
+                carry = hopper.each(*steps, functools.partial(visit, masked=masked), carry, place)
             d_q, d_rows = carry
             q_tile[...] = (d_q * program.scale if program.linear else d_q).astype(q.dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[row, head, queries])
+            plgpu.copy_smem_to_gmem(q_tile, dq_ref.at[row, queries, head])
             for ref, d in zip(d_row_refs, d_rows, strict=True):
                 ref[row, head, queries] = d
             plgpu.wait_smem_to_gmem(0)
@@ -185,14 +185,14 @@ def _queries(
             hopper.fewer_registers(groups)
             kv_head = lax.div(head, ratio)
 
-            @pl.loop(0, live)
-            def _(step: Any) -> None:
-                keys = keys_of(step)
-                k_ring.fill(step, k_ref.at[row, kv_head, keys])
-                v_ring.fill(step, v_ref.at[row, kv_head, keys])
+            def fill(step: Any, first_key: Any, carry: None) -> None:
+                keys = pl.ds(first_key, _ROWS)
+                k_ring.fill(step, k_ref.at[row, keys, kv_head])
+                v_ring.fill(step, v_ref.at[row, keys, kv_head])
 
-            k_ring.drain(live)
-            v_ring.drain(live)
+            hopper.each(0, visits.end, fill, None, visits.tokens)
+            k_ring.drain(visits.end)
+            v_ring.drain(visits.end)
 
     def tile(*shape: int) -> Any:
         return hopper.tile(*shape, dtype=q.dtype)
@@ -201,10 +201,10 @@ def _queries(
         return result(shape, dtype, q, k, v, d_out)
 
     d_q, d_rows, d_tile = hopper.launch(
-        kernel,
-        (q, k, v, d_out, statistics, hopper.counts_first(visits), streamed.arrays(streams)),
+        attention_queries,
+        (*hopper.tokens_first(q, k, v, d_out), statistics, hopper.counts_first(visits), streamed.arrays(streams)),
         out_type=(
-            typed(q.shape, q.dtype),
+            typed((batch, length, heads, width), q.dtype),
             [typed(q.shape[:3]) for _ in wanted],
             typed((*q.shape[:3], k.shape[2])) if whole else None,
         ),
@@ -219,12 +219,12 @@ def _queries(
         grid={"batch": batch, "head": heads, "tile": length // owned},
         groups=groups,
         interpret=call.interpret,
-        approximate=program.linear,
+        approximate=approximable(program),
     )
     found = dict(zip(wanted, d_rows, strict=True))
     if whole:
         d_tile = jnp.where(_visited(visits, k.shape[2] // block_k, block_q, block_k), d_tile, 0)
-    return d_q, tuple(found.get(n) for n in range(len(streams.rows))), d_tile
+    return *hopper.tokens_first(d_q), tuple(found.get(n) for n in range(len(streams.rows))), d_tile
 
 
 def _float_tile(program: Program, streams: Streams) -> bool:
@@ -249,36 +249,27 @@ def _keys(
     program, block_q, block_k = call.program, call.block_q, call.block_k
     (batch, heads, _, width), (kv_heads, keys, value_width) = q.shape, v.shape[1:]
     owners, stages, _ = keys_shape(block_k, width, value_width)
-    owned, parts, ratio = owners * _ROWS, block_q // _ROWS, heads // kv_heads
+    owned, ratio = owners * _ROWS, heads // kv_heads
     streamed, products = Streamed(program, turned=True), Products(call.interpret)
     wanted = program.float_cols()
 
-    def kernel(
-        q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, statistics_ref: Any, visits: Any, streams: Any,
+    def attention_keys(
+        q_ref: Any, k_ref: Any, v_ref: Any, do_ref: Any, statistics_ref: Any, lists: Any, streams: Any,
         dk_ref: Any, dv_ref: Any, d_col_refs: Any,
         k_tiles: Any, v_tiles: Any, loaded: Any, q_ring: Any, do_ring: Any, done: Any, spare: Any,
     ) -> None:  # fmt: skip
         q_ring, do_ring = Ring(*q_ring), Ring(*do_ring)
         group, row, kv_head = (lax.axis_index(name) for name in ("group", "batch", "head"))
         first = lax.axis_index("tile") * owned
-        block = lax.div(first, block_k)
 
-        def walk(member: Any, steps: Any) -> Any:
-            """Head `member` of the group: its number, its steps (first, end of the full ones, end), queries of one."""
-            head = kv_head * ratio + member
-            full, live, order = (hopper.of(ref, row, head) for ref in visits)
-
-            def queries(step: Any) -> Any:
-                step = step - steps
-                return pl.ds(order[block, lax.div(step, parts)] * block_q + lax.rem(step, parts) * _ROWS, _ROWS)
-
-            return head, steps + full[block] * parts, steps + live[block] * parts, queries
+        def visits_of(head: Any, steps: Any) -> Visits:
+            return Visits.of(lists, row, head, lax.div(first, block_k), block_q, _ROWS, steps)
 
         def compute(owner: Any, makes_k: bool, makes_v: bool) -> None:
             own = pl.ds(first + owner * _ROWS, _ROWS)
             k_tile, v_tile = k_tiles.at[owner], v_tiles.at[owner]
 
-            def visit(step: Any, carry: Any, masked: bool, head: Any, queries: Any, k_columns: Any) -> Any:
+            def visit(step: Any, first_query: Any, carry: Any, masked: bool, head: Any, k_columns: Any) -> Any:
                 accs, d_cols = carry
                 q_ring.wait(step)
                 (q_tile, statistics), (do_tile,) = q_ring.at(step), do_ring.at(step)
@@ -288,8 +279,9 @@ def _keys(
                     do_ring.wait(step)
                     if makes_k:
                         products.start(dp_ref[0], v_tile, do_tile.T)
-                    q_columns = streamed.rows(streams, row, head, queries(step), masked)
-                    tile = streamed.tile(streams, row, head, queries(step), own)
+                    queries = None if first_query is None else pl.ds(first_query, _ROWS)
+                    q_columns = streamed.rows(streams, row, head, queries, masked)
+                    tile = streamed.tile(streams, row, head, queries, own)
                     lse = _compat.load(statistics.at[0], COL)
                     s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1 if makes_k else 0)
                     columns = streamed.wide(q_columns, k_columns, s.shape)
@@ -318,21 +310,19 @@ def _keys(
 
             def of_head(member: Any, carry: Any) -> Any:
                 accs, steps = carry
-                head, full, live, queries = walk(member, steps)
-
-                def run(start: Any, stop: Any, masked: bool, carry: Any) -> Any:
-                    k_columns = streamed.cols(streams, row, head, own, masked)
-                    return lax.fori_loop(
-                        start, stop, lambda step, carry: visit(step, carry, masked, head, queries, k_columns), carry
-                    )
-
+                head = kv_head * ratio + member
+                visits = visits_of(head, steps)
                 zeros = [plgpu.layout_cast(jnp.zeros((_ROWS,), jnp.float32), ROW) for _ in wanted if makes_k]
-                accs, d_cols = run(steps, full, False, (accs, zeros))
-                if program.mask is not None:
-                    accs, d_cols = run(full, live, True, (accs, d_cols))
+                carry = accs, zeros
+                for masked in (False, True) if program.mask is not None else (False,):
+                    steps = (visits.masked, visits.end) if masked else (visits.first, visits.masked)
+                    k_columns = streamed.cols(streams, row, head, own, masked)
+                    body = functools.partial(visit, masked=masked, head=head, k_columns=k_columns)
+                    carry = hopper.each(*steps, body, carry, streamed.looks_up("row", visits, masked))
+                accs, d_cols = carry
                 for ref, d in zip(d_col_refs, d_cols, strict=False):
                     ref[row, head, own] = d
-                return accs, live
+                return accs, visits.end
 
             widths = [value_width] * makes_v + [width] * makes_k
             accs = [plgpu.layout_cast(jnp.zeros((_ROWS, n), jnp.float32), TILE) for n in widths]
@@ -346,9 +336,9 @@ def _keys(
                 k_tile[...] = (accs[-1] * program.scale if program.linear else accs[-1]).astype(k.dtype)
             plgpu.commit_smem()
             if makes_v:
-                plgpu.copy_smem_to_gmem(v_tile, dv_ref.at[row, kv_head, own])
+                plgpu.copy_smem_to_gmem(v_tile, dv_ref.at[row, own, kv_head])
             if makes_k:
-                plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[row, kv_head, own])
+                plgpu.copy_smem_to_gmem(k_tile, dk_ref.at[row, own, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group < 2)
@@ -358,8 +348,8 @@ def _keys(
             @pl.when(group < owners)
             def _() -> None:
                 own = pl.ds(first + group * _ROWS, _ROWS)
-                plgpu.copy_gmem_to_smem(k_ref.at[row, kv_head, own], k_tiles.at[group], loaded.at[group])
-                plgpu.copy_gmem_to_smem(v_ref.at[row, kv_head, own], v_tiles.at[group], loaded.at[group])
+                plgpu.copy_gmem_to_smem(k_ref.at[row, own, kv_head], k_tiles.at[group], loaded.at[group])
+                plgpu.copy_gmem_to_smem(v_ref.at[row, own, kv_head], v_tiles.at[group], loaded.at[group])
 
             plgpu.barrier_wait(loaded.at[jnp.minimum(group, owners - 1)])
             if owners == 2:
@@ -373,15 +363,16 @@ def _keys(
             hopper.fewer_registers(2)
 
             def of_head(member: Any, steps: Any) -> Any:
-                head, _, live, queries = walk(member, steps)
+                head = kv_head * ratio + member
+                visits = visits_of(head, steps)
 
-                @pl.loop(steps, live)
-                def fill(step: Any) -> None:
-                    at = queries(step)
-                    q_ring.fill(step, q_ref.at[row, head, at], statistics_ref.at[row, head, :, at])
-                    do_ring.fill(step, do_ref.at[row, head, at])
+                def fill(step: Any, first_query: Any, carry: None) -> None:
+                    at = pl.ds(first_query, _ROWS)
+                    q_ring.fill(step, q_ref.at[row, at, head], statistics_ref.at[row, head, :, at])
+                    do_ring.fill(step, do_ref.at[row, at, head])
 
-                return live
+                hopper.each(visits.first, visits.end, fill, None, visits.tokens)
+                return visits.end
 
             steps = lax.fori_loop(0, ratio, of_head, jnp.int32(0))
             q_ring.drain(steps)
@@ -394,10 +385,12 @@ def _keys(
         return result(shape, dtype, q, k, v, d_out)
 
     d_k, d_v, d_cols = hopper.launch(
-        kernel,
-        (q, k, v, d_out, statistics, hopper.counts_first(visits), streamed.arrays(streams)),
+        attention_keys,
+        (*hopper.tokens_first(q, k, v, d_out), statistics, hopper.counts_first(visits), streamed.arrays(streams)),
         out_type=(
-            typed(k.shape, k.dtype), typed(v.shape, v.dtype), [typed((batch, heads, keys)) for _ in wanted]
+            typed((batch, keys, kv_heads, width), k.dtype),
+            typed((batch, keys, kv_heads, value_width), v.dtype),
+            [typed((batch, heads, keys)) for _ in wanted],
         ),
         scratch=(
             tile(owners, _ROWS, width),
@@ -411,7 +404,8 @@ def _keys(
         grid={"batch": batch, "head": kv_heads, "tile": keys // owned},
         groups=2,
         interpret=call.interpret,
-        approximate=program.linear,
+        approximate=approximable(program),
     )  # fmt: skip
     found = dict(zip(wanted, d_cols, strict=True))
+    d_k, d_v = hopper.tokens_first(d_k, d_v)
     return d_k, d_v, tuple(found.get(n) for n in range(len(streams.cols)))

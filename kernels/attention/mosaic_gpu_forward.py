@@ -5,6 +5,7 @@ other multiplies (FlashAttention-3, Shah et al. 2024, section 3.1). Both go thro
 first those that need no mask.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -16,8 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from kernels import _mosaic_gpu as hopper
-from kernels._mosaic_gpu import ROW, TILE, Products, Ring
-from kernels.attention.mosaic_gpu_program import Streamed, lowerable, unsupported
+from kernels._mosaic_gpu import ROW, TILE, Products, Ring, Visits
+from kernels.attention.mosaic_gpu_program import Streamed, approximable, lowerable, unsupported
 from kernels.attention.program import Streams
 from kernels.attention.worklist import Lists
 from kernels.varying import result
@@ -27,9 +28,9 @@ _LOG2E, _LN2 = math.log2(math.e), math.log(2)
 
 def shape_of(block_q: int, block_k: int, width: int, value_width: int) -> tuple[int, int, int]:
     """Computing warpgroups, stages, and bytes of shared memory of a block."""
-    fixed = 2 * block_q * max(width, value_width)
-    stages = hopper.stages(fixed, 2 * block_k * (width + value_width), most=3 if width <= 64 else 2)
-    return min(block_q // 64, 2), stages, fixed + stages * 2 * block_k * (width + value_width)
+    fixed, slot = 2 * block_q * max(width, value_width), 2 * block_k * (width + value_width)
+    stages = hopper.stages(fixed, slot, most=3 if width <= 64 else 2)
+    return 1 if block_q % 128 else 2, stages, fixed + stages * slot
 
 
 def forward(
@@ -45,7 +46,7 @@ def forward(
     Raises: `NotImplementedError` for blocks the tensor cores cannot do, and for operations Mosaic GPU lacks.
     """
     program, block_q, block_k = call.program, call.block_q, call.block_k
-    unsupported(program, (block_q, 64), (block_k, 16))
+    unsupported(program, block_q, block_k)
     (batch, heads, length, width), value_width = q.shape, v.shape[3]
     groups, stages, _ = shape_of(block_q, block_k, width, value_width)
     rows, tiles, ratio = block_q // groups, length // block_q, heads // k.shape[1]
@@ -53,8 +54,8 @@ def forward(
     unit = program.scale * _LOG2E if fused else _LOG2E
     streamed, products = Streamed(program), Products(call.interpret)
 
-    def kernel(
-        q_ref: Any, k_ref: Any, v_ref: Any, visits: Any, streams: Any, out_ref: Any, lse_ref: Any,
+    def attention_forward(
+        q_ref: Any, k_ref: Any, v_ref: Any, lists: Any, streams: Any, out_ref: Any, lse_ref: Any,
         shared: Any, k_barriers: Any, v_ring: Any, loaded: Any, turn: Any, spare: Any,
     ) -> None:  # fmt: skip
         (q_tiles, k_slots), (out_tiles, lse_rows) = shared
@@ -62,8 +63,7 @@ def forward(
         group, row, head = (lax.axis_index(name) for name in ("group", "batch", "head"))
         # Later queries see more keys under a causal mask: they go first, so that the last to run are short.
         block = tiles - 1 - lax.axis_index("tile")
-        full, live, order = (hopper.of(ref, row, head) for ref in visits)
-        full, live, order = full[block], live[block], order.at[block]
+        visits = Visits.of(lists, row, head, block, block_k, block_k)
 
         def pass_turn() -> None:
             """Tells the other one that the tensor cores are free."""
@@ -79,16 +79,16 @@ def forward(
             hopper.more_registers(groups)
             queries = pl.ds(block * block_q + group * rows, rows)
             q_tile, out_tile, lse_row = (x.at[group] for x in (q_tiles, out_tiles, lse_rows))
-            plgpu.copy_gmem_to_smem(q_ref.at[row, head, queries], q_tile, loaded.at[group])
+            plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_tile, loaded.at[group])
             q_columns = streamed.rows(streams, row, head, queries)
             plgpu.barrier_wait(loaded.at[group])
 
-            def visit(step: Any, carry: Any, masked: bool) -> Any:
+            def visit(step: Any, first_key: Any, carry: Any, masked: bool) -> Any:
                 acc, top, total = carry
 
                 def scores(ref: Any) -> Any:
                     products.start(ref, q_tile, k_ring.at(step)[0].T)
-                    keys = pl.ds(order[step] * block_k, block_k)
+                    keys = None if first_key is None else pl.ds(first_key, block_k)
                     k_columns = streamed.cols(streams, row, head, keys, masked)
                     tile = streamed.tile(streams, row, head, queries, keys)
                     pass_turn()
@@ -99,7 +99,7 @@ def forward(
                 await_turn()
                 columns = streamed.wide(q_columns, k_columns, s.shape)
                 if not fused:
-                    s = lowerable(program.scores)(s, *columns, tile)
+                    s = plgpu.layout_cast(lowerable(program.scores)(s, *columns, tile), TILE)
                 if masked:
                     s = jnp.where(lowerable(program.allowed)(*columns), s, -jnp.inf)
                 higher = jnp.maximum(top, s.max(axis=1) * unit)
@@ -122,14 +122,14 @@ def forward(
                     total += p.sum(axis=1)
 
                 def next_keys() -> None:
-                    pl.when(step + 1 < live)(lambda: k_ring.wait(step + 1))
+                    pl.when(step + 1 < visits.end)(lambda: k_ring.wait(step + 1))
 
                 own = spare.at[group] if call.interpret else None
                 (acc,) = products.add([acc], [(lambda: weights, v_ring.at(step)[0])], own, next_keys)
                 v_ring.release(step)
                 return acc, higher, total
 
-            pl.when(live > 0)(lambda: k_ring.wait(jnp.int32(0)))
+            pl.when(visits.end > 0)(lambda: k_ring.wait(jnp.int32(0)))
 
             @pl.when(group == 1)
             def _() -> None:
@@ -141,9 +141,10 @@ def forward(
                 plgpu.layout_cast(jnp.full((rows,), -jnp.inf, jnp.float32), ROW),
                 plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW),
             )
-            carry = lax.fori_loop(0, full, lambda step, carry: visit(step, carry, False), carry)
-            if program.mask is not None:
-                carry = lax.fori_loop(full, live, lambda step, carry: visit(step, carry, True), carry)
+            for masked in (False, True) if program.mask is not None else (False,):
+                steps = (visits.masked, visits.end) if masked else (0, visits.masked)
+                place = streamed.looks_up("col", visits, masked)
+                carry = hopper.each(*steps, functools.partial(visit, masked=masked), carry, place)
             acc, top, total = carry
 
             @pl.when(group == 0)
@@ -155,7 +156,7 @@ def forward(
             out_tile[...] = (acc * _wide(jnp.where(total == 0, 0.0, 1 / total), acc.shape)).astype(q.dtype)
             lse_row[...] = top * _LN2 + jnp.log(total)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_tile, out_ref.at[row, head, queries])
+            plgpu.copy_smem_to_gmem(out_tile, out_ref.at[row, queries, head])
             plgpu.copy_smem_to_gmem(lse_row, lse_ref.at[row, head, queries])
             plgpu.wait_smem_to_gmem(0)
 
@@ -164,14 +165,14 @@ def forward(
             hopper.fewer_registers(groups)
             kv_head = lax.div(head, ratio)
 
-            @pl.loop(0, live)
-            def _(step: Any) -> None:
-                keys = pl.ds(order[step] * block_k, block_k)
-                k_ring.fill(step, k_ref.at[row, kv_head, keys])
-                v_ring.fill(step, v_ref.at[row, kv_head, keys])
+            def fill(step: Any, first_key: Any, carry: None) -> None:
+                keys = pl.ds(first_key, block_k)
+                k_ring.fill(step, k_ref.at[row, keys, kv_head])
+                v_ring.fill(step, v_ref.at[row, keys, kv_head])
 
-            k_ring.drain(live)
-            v_ring.drain(live)
+            hopper.each(0, visits.end, fill, None, visits.tokens)
+            k_ring.drain(visits.end)
+            v_ring.drain(visits.end)
 
     def tile(*shape: int) -> Any:
         return hopper.tile(*shape, dtype=q.dtype)
@@ -179,10 +180,10 @@ def forward(
     slots = tile(stages, block_k, width)
     _, *k_barriers = Ring.scratch(stages, groups, slots)
     out, lse = hopper.launch(
-        kernel,
-        (q, k, v, hopper.counts_first(lists.by_query), streamed.arrays(streams)),
+        attention_forward,
+        (*hopper.tokens_first(q, k, v), hopper.counts_first(lists.by_query), streamed.arrays(streams)),
         out_type=(
-            result((batch, heads, length, value_width), q.dtype, q, k, v),
+            result((batch, length, heads, value_width), q.dtype, q, k, v),
             result((batch, heads, length), jnp.float32, q, k, v),
         ),
         scratch=(
@@ -199,9 +200,9 @@ def forward(
         grid={"batch": batch, "head": heads, "tile": tiles},
         groups=groups,
         interpret=call.interpret,
-        approximate=program.linear,
+        approximate=approximable(program),
     )
-    return out, lse
+    return *hopper.tokens_first(out), lse
 
 
 def _wide(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

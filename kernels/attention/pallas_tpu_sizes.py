@@ -1,6 +1,7 @@
 """Sizes of blocks on TPU, by what they take of VMEM."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from kernels.attention.fused import Sizes
 LANES = 128
 _MIB = 1 << 20
 _BLOCKS = (1024, 768, 512, 384, 256, 128)  # Query and key tokens, the first that fits.
+_RESIDENT = 2 / 7  # Of VMEM, for the gradients of queries.
 
 
 def vmem_limit() -> int:
@@ -23,9 +25,9 @@ def vmem_limit() -> int:
 def folding(group: int, blocks: int, width: int, block_q: int) -> tuple[int, int]:
     """For the backward pass: heads of a group whose queries' gradients stay in VMEM together, and query blocks of each.
 
-    They are float32, twice (one group's are written out while the next one's are summed), in two sevenths of VMEM.
+    They are float32, twice (one group's are written out while the next one's are summed), in `_RESIDENT` of VMEM.
     """
-    room = max(vmem_limit() * 2 // 7 // (2 * block_q * _lanes(width) * 4), 1)
+    room = max(int(vmem_limit() * _RESIDENT) // (2 * block_q * _lanes(width) * 4), 1)
     few = min(blocks, 4)  # Query blocks of a head, rather than fewer, for which key blocks are worth fetching again.
     fold = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * few <= room))
     chunks = math.ceil(blocks / max(room // fold, 1))
@@ -38,33 +40,36 @@ def part_of(keys: int, most: int = 512) -> int:
 
 
 def forward_bytes(block_q: int, block_k: int, width: int, value: int, itemsize: int) -> int:
-    """VMEM of the forward pass: two buffers of what comes and goes, a bias too, sums, and what is being computed."""
+    """VMEM of the forward pass: two buffers of what comes and goes, a bias too, sums, and what is being computed.
+
+    The last is up to half of this as compiled.
+    """
     width, value = _lanes(width), _lanes(value)
     moving = (block_q + block_k) * (width + value) * itemsize + block_q * block_k * 4
     sums = block_q * (value + 2 * LANES) * 4
-    return 2 * moving + sums + 4 * block_q * part_of(block_k) * 4
+    return 2 * moving + sums + 3 * block_q * part_of(block_k) * 4
 
 
-def backward_bytes(block_q: int, block_k: int, width: int, value: int, itemsize: int, resident: int = 1) -> int:
+def backward_bytes(block_q: int, block_k: int, width: int, value: int, itemsize: int, resident: int = 0) -> int:
     """The same of the backward pass, where the gradients of `resident` query blocks stay."""
     width, value = _lanes(width), _lanes(value)
-    moving = (
-        (block_q + block_k) * (width + value) * itemsize + block_k * (width + value) * 4 + 2 * block_q * block_k * 4
-    )
+    moving = (block_q + block_k) * (width + value) * itemsize + block_k * (width + value) * 4
+    bias = 2 * block_q * block_k * 4
     sums = 2 * resident * block_q * width * 4
-    return 2 * moving + sums + 8 * block_q * part_of(block_k) * 4
+    return 2 * (moving + bias) + sums + 4 * block_q * part_of(block_k) * 4
 
 
 def chosen(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], dtype: Any) -> Sizes:
     """Blocks of 1024 by 1024 where VMEM allows, evenly cut: a sequence shorter than a block is one block."""
     width, value, itemsize = q[3], v[3], jnp.dtype(dtype).itemsize
+    # float32 takes six products for one: code, and time to compile it.
+    sizes = [n for n in _BLOCKS if n * itemsize <= 2048]
 
-    def fitting(used: Any, room: int) -> tuple[int, int]:
-        sizes = [n for n in _BLOCKS if n * itemsize <= 2048]  # Six products for one in float32: code, and time.
+    def fitting(used: Callable[..., int], room: float) -> tuple[int, int]:
         most = next((n for n in sizes if used(n, n, width, value, itemsize) <= room), sizes[-1])
         return _even(q[1], most, 16), _even(k[1], most, LANES)
 
-    return Sizes(fitting(forward_bytes, vmem_limit() // 2), fitting(backward_bytes, vmem_limit() // 2))
+    return Sizes(fitting(forward_bytes, vmem_limit()), fitting(backward_bytes, vmem_limit() * (1 - _RESIDENT)))
 
 
 def padded(width: int) -> int:
