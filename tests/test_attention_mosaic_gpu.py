@@ -99,7 +99,13 @@ if INTERPRETER:
         k, v = (jnp.asarray(rng.standard_normal((1, keys, 1, 16)), jnp.bfloat16) for _ in range(2))
         bias = jnp.asarray(rng.standard_normal((1, 1, length, keys)), jnp.float32)
         slope = jnp.asarray(0.02, jnp.float32)
+        gain = jnp.asarray(rng.standard_normal((2, keys)), jnp.float32)
         index = np.arange(length, dtype=np.int32)[None]
+
+        def changed(s, at, slope, gain):
+            far = jnp.log1p(abs(at.query - at.key).astype(s.dtype))
+            return s + jnp.sqrt(abs(s)) - slope * far + gain[at.head, at.key]
+
         more = dict(
             mask=CAUSAL & masks.head_windows((1, 60)),
             q_tokens=Tokens(index=index - (length - keys)),
@@ -107,15 +113,13 @@ if INTERPRETER:
             scale=0.25,
             soft_cap=3.0,
             sinks=None,
-            score_mod=lambda s, at, slope: (
-                s + jnp.sqrt(abs(s)) - slope * jnp.log1p(abs(at.query - at.key).astype(s.dtype))
-            ),
+            score_mod=changed,
             dropout=0.2,
             dropout_seed=5,
         )
 
         def results(function, *primal):
-            (out, lse), pull = jax.vjp(lambda q, k, v, bias, slope: function(q, k, v, bias, (slope,)), *primal)
+            (out, lse), pull = jax.vjp(lambda q, k, v, bias, *arrays: function(q, k, v, bias, arrays), *primal)
             return out, lse, *pull((d_out.astype(out.dtype), jnp.ones_like(lse)))
 
         def ours(q, k, v, bias, arrays):
@@ -125,10 +129,10 @@ if INTERPRETER:
             return reference.attention(q, k, v, bias=bias, score_arrays=arrays, **more)
 
         with interpreted():
-            found = jax.jit(functools.partial(results, ours))(q, k, v, bias, slope)
+            found = jax.jit(functools.partial(results, ours))(q, k, v, bias, slope, gain)
         wide = (x.astype(jnp.float32) for x in (q, k, v))
-        wanted = results(plain, *wide, bias, slope)
-        for name, a, b in zip("out lse q k v bias slope".split(), found, wanted, strict=True):
+        wanted = results(plain, *wide, bias, slope, gain)
+        for name, a, b in zip("out lse q k v bias slope gain".split(), found, wanted, strict=True):
             assert relative_error(a, b) < tolerance("bfloat16").gradient, name
 
     def test_races_are_found():

@@ -157,7 +157,7 @@ def _run(call: Call, fold: int, walk: Steps, arrays: Any) -> tuple[dict[str, Any
         inputs["zeros"] = jnp.zeros((batch, heads, length, keys), np.float32), pl.BlockSpec(memory_space=pl.ANY)
     found = blocks.run(
         functools.partial(_kernel, blocks), "attention_backward", inputs, outputs,
-        aliases={"zeros": "tile"} if "zeros" in inputs else {}, flops=2 * block_q * block_k * (3 * width + 2 * value),
+        aliases=[("zeros", "tile")] if "zeros" in inputs else [], flops=2 * block_q * block_k * (3 * width + 2 * value),
     )  # fmt: skip
     own = {"q": found["q"].reshape(q.shape), "rows": jax.tree.map(lambda x: x.reshape(lse.shape), found["rows"])}
     if "tile" in found:

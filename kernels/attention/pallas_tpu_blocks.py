@@ -182,12 +182,12 @@ class Blocks:
 
     def run(
         self, kernel: Callable[..., None], name: str, inputs: dict[str, tuple[Any, Any]],
-        outputs: dict[str, tuple[Any, Any]], *, flops: int, scratch: Sequence[Any] = (), aliases: dict[str, str] = {},  # noqa: B006
+        outputs: dict[str, tuple[Any, Any]], *, flops: int, scratch: Sequence[Any] = (), aliases: Sequence[Any] = (),
     ) -> dict[str, Any]:  # fmt: skip
         """`kernel(entries, inputs, outputs, *scratch)` over the grid.
 
-        Inputs are (array, block) and outputs (shape, block) by name, trees both; `aliases` gives outputs the memory of
-        inputs; `flops` are those of a step.
+        Inputs are (array, block) and outputs (shape, block) by name, trees both; `aliases` (input, output) lets
+        an output have the memory of an input; `flops` are those of a step.
         """
         arrays, in_specs = ({name: x[n] for name, x in inputs.items()} for n in (0, 1))
         shapes, out_specs = ({name: x[n] for name, x in outputs.items()} for n in (0, 1))
@@ -205,7 +205,7 @@ class Blocks:
                 out_specs=out_specs,
                 scratch_shapes=scratch,
             ),
-            input_output_aliases={1 + _number(arrays, i): _number(shapes, o) for i, o in aliases.items()},
+            input_output_aliases={1 + _number(arrays, i): _number(shapes, o) for i, o in aliases},
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem_limit()
             ),
