@@ -119,11 +119,12 @@ class Ring:
     free: Any
 
     @staticmethod
-    def scratch(stages: int, readers: int, *slots: Any) -> tuple[Any, Any, Any]:
-        """What to allocate for it; `slots` are its arrays [stages, ...], which may come from elsewhere."""
+    def scratch(stages: int, readers: int, *slots: Any, pieces: int = 1) -> tuple[Any, Any, Any]:
+        """What to allocate for it; `slots` are its arrays [stages, ...], which may come from elsewhere, and which
+        `fill` gets in so many pieces."""
         return (
             slots,
-            plgpu.Barrier(num_barriers=stages, num_arrivals=max(len(slots), 1)),
+            plgpu.Barrier(num_barriers=stages, num_arrivals=max(len(slots), 1) * pieces),
             plgpu.Barrier(num_barriers=stages, num_arrivals=readers),
         )
 
@@ -135,7 +136,7 @@ class Ring:
         return lax.rem(step, jnp.int32(self.stages))
 
     def fill(self, step: Any, *sources: Any) -> None:
-        """Copies `sources` to the slot of `step` once what it held has been read."""
+        """Copies `sources` to the slot of `step` once what it held has been read; a list is the pieces of an array."""
         slot = self._slot(step)
 
         @pl.when(step >= self.stages)
@@ -143,7 +144,11 @@ class Ring:
             plgpu.barrier_wait(self.free.at[slot])
 
         for source, slots in zip(sources, self.slots, strict=True):
-            plgpu.copy_gmem_to_smem(source, slots.at[slot], self.ready.at[slot])
+            pieces = source if isinstance(source, list) else [source]
+            size = slots.shape[1] // len(pieces)
+            for n, piece in enumerate(pieces):
+                place = slots.at[slot, pl.ds(n * size, size)] if len(pieces) > 1 else slots.at[slot]
+                plgpu.copy_gmem_to_smem(piece, place, self.ready.at[slot])
 
     def drain(self, steps: Any) -> None:
         """Waits until all of the first `steps` have been read."""

@@ -59,3 +59,11 @@ def device_kind() -> str:
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
     return device.device_kind
+
+
+def not_hopper() -> str | None:
+    """Why kernels made for Hopper GPUs will not do where work goes to, if so."""
+    kind = device_kind()
+    if default_platform() == "gpu" and not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
+        return f"it is made for Hopper GPUs, not for {kind or 'an unknown device'}"
+    return None

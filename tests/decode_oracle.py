@@ -31,6 +31,17 @@ SETTINGS = {
     "pages of three": Setting((0, 33, 34, 35), (3, 36, 4, 2, 16, 16), page=3, window=18, sinks=True),
     "latent pages": Setting((9, 0, 24), (2, 32, 4, 1, 128, 64), page=16, shared=True, starts=(0, 0, 9)),
 }
+# For blocks of 64 and 128, which are the smallest that Hopper's instructions take.
+LONG = {
+    "long": Setting(
+        (0, 3, 130, 192), (3, 200, 6, 3, 64, 128), window=70, starts=(0, 0, 5, 140), sinks=True, soft_cap=1.5
+    ),
+    "long latent": Setting((23, 136), (2, 136, 4, 1, 448, 384), shared=True),
+    "long pages": Setting((0, 3, 170, 66), (2, 192, 4, 2, 64, 64), page=16, window=75),
+    "longest pages": Setting((70, 256), (1, 256, 4, 2, 64, 64), page=128, sinks=True),
+    "long latent pages": Setting((9, 0, 130), (2, 192, 4, 1, 128, 64), page=64, shared=True, starts=(0, 0, 9)),
+    "many rows": Setting((7, 24), (3, 24, 48, 2, 64, 64)),
+}
 
 
 def places(setting: Setting, row: int, query: int) -> range:

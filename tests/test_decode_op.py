@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_oracle import SETTINGS, Setting, inputs, oracle, places
+from decode_oracle import LONG, SETTINGS, Setting, inputs, oracle, places
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # The only way to ask for races.
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
@@ -33,7 +34,7 @@ from kernels.platform import compiling_for, interpreted
 # Relative RMS of the output against float64, absolute error of lse.
 TOLERANCE = {"float32": (2e-6, 1e-5), "bfloat16": (8e-3, 1e-3)}
 BLOCK = 16
-
+HOPPER = hasattr(plgpu, "InterpretGPUParams")  # Whether its kernels can be interpreted.
 
 OWN_SIZES = limits.tpu_block, limits.triton_sizes
 
@@ -107,6 +108,14 @@ def test_bfloat16_agrees_with_the_oracle(name, setting) -> None:
     assert_close(run(name, SETTINGS[setting], x), SETTINGS[setting], x, "bfloat16")
 
 
+if HOPPER:
+
+    @pytest.mark.parametrize("splits, setting", [(1 + 2 * (n % 2), setting) for n, setting in enumerate(LONG)])
+    def test_hopper_agrees_with_the_oracle_without_races(setting, splits) -> None:
+        x = inputs(LONG[setting], "bfloat16")
+        assert_close(run("mosaic_gpu", LONG[setting], x, splits), LONG[setting], x, "bfloat16")
+
+
 SPLITS = [("xla", "three queries", 5), ("pallas_tpu", "capped", 5)]
 SPLITS += [("triton", setting, splits) for setting in ("three queries", "pages") for splits in (2, 5)]
 
@@ -119,11 +128,11 @@ def test_any_number_of_splits_gives_the_same(name, setting, splits) -> None:
         np.testing.assert_allclose(found, right, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if HOPPER or name != "mosaic_gpu"])
 def test_what_a_query_may_not_see_never_reaches_it(name) -> None:
     """The last query sees one place more than the first, and a head sees its own keys and values only."""
     setting = SETTINGS["capped"]
-    x = inputs(setting)
+    x = inputs(setting, "bfloat16" if name == "mosaic_gpu" else "float32")
     clean, clean_lse = run(name, setting, x)
     row, last = 0, setting.lengths[0] - 1
     for cache, bad in itertools.product("kv", (np.nan, np.inf)):
@@ -182,7 +191,7 @@ def test_no_rows_no_queries_no_places(empty) -> None:
     x = {"q": (2, 1, 4, 128), "k": (2, 8, 2, 128), "v": (2, 8, 2, 128), "lengths": (2,)}
     for name, shape in x.items():
         x[name] = tuple(0 if name[0] in empty[1] and axis == empty[0] else n for axis, n in enumerate(shape))
-    arrays = {name: jnp.zeros(shape, "int32" if name == "lengths" else "float32") for name, shape in x.items()}
+    arrays = {name: jnp.zeros(shape, "int32" if name == "lengths" else "bfloat16") for name, shape in x.items()}
     out, lse = jax.jit(decode_attention)(**arrays)
     assert out.shape == x["q"] and lse.shape == x["q"][:3]
     assert (out == 0).all() and jnp.isneginf(lse).all()
@@ -217,6 +226,15 @@ REFUSALS = {
         (shapes(Q, (9, 2, 2, 128), (9, 2, 2, 128), (2, 4)), {}, "must fill tiles of 8 rows"),
         (shapes(Q, (9, 16, 8, 128), (9, 16, 8, 128), (2, 1 << 18)), {}, "make pages larger"),
     ],
+    "mosaic_gpu": [
+        (shapes(Q, K, K), {}, "bfloat16 and float16, not in float32"),
+        (shapes((2, 1, 8, 80), (2, 32, 2, 80), (2, 32, 2, 80), dtype="float16"), {}, "multiples of 64"),
+        (shapes((2, 1, 8, 448), (2, 32, 1, 448), dtype="float16"), dict(value_width=320), "of 128 for values"),
+        (shapes(Q, (2, 31, 2, 128), (2, 31, 2, 128), dtype="float16"), {}, "a cache of 31 places"),
+        (shapes(Q, (9, 4, 2, 128), (9, 4, 2, 128), (2, 4), dtype="float16"), {}, "pages of 4 places"),
+        (shapes((2, 1, 8, 640), (2, 32, 1, 640), dtype="float16"), dict(value_width=640), "too much for registers"),
+        (shapes((2, 1, 8, 640), (2, 32, 1, 640), dtype="float16"), dict(value_width=512), "or shared memory"),
+    ],
     "triton": [
         (shapes((2, 1, 8, 1024), (2, 32, 2, 1024), (2, 32, 2, 1024)), {}, "too much for registers"),
         (shapes((2, 1, 8, 2048), (2, 32, 1, 2048)), dict(value_width=512), "shared memory"),
@@ -235,7 +253,7 @@ def test_what_cannot_be_done_is_refused_with_the_reason(name, case, options, rea
 
 def test_kernels_run_on_their_platforms_only() -> None:
     x = inputs(SETTINGS["capped"])
-    for name in ("pallas_tpu", "triton"):
+    for name in ("pallas_tpu", "mosaic_gpu", "triton"):
         with pytest.raises(NotImplementedError, match="not on cpu"):
             attend(SETTINGS["capped"], x, implementation=name)
 
@@ -280,19 +298,17 @@ def test_lowered_for_chips_that_are_not_there(case, monkeypatch) -> None:
     monkeypatch.setattr(limits, "tpu_block", OWN_SIZES[0])
     monkeypatch.setattr(limits, "triton_sizes", OWN_SIZES[1])
     op = paged_decode_attention if len(arguments) == 5 else decode_attention
-    for platform, kind, lowering in (
-        ("tpu", "TPU v5e", "tpu"),
-        ("gpu", "NVIDIA H200", "cuda"),
-    ):
+
+    def lowered(platform, kind, lowering, **more):
         with compiling_for(platform, kind):
-            traced = jax.jit(functools.partial(op, **options)).trace(*arguments)  # Chosen, not named.
-            lowered = traced.lower(lowering_platforms=(lowering,))
-        if platform == "tpu":
-            assert lowered.as_text().count("tpu_custom_call") == 1
-        else:
-            attend, together = _triton.ptx(lowered)
-            assert ".target sm_90" in attend and "mma.sync" in attend and "cp.async" in attend
-            assert "mma.sync" not in together
+            traced = jax.jit(functools.partial(op, **options, **more)).trace(*arguments)
+            return traced.lower(lowering_platforms=(lowering,))
+
+    assert lowered("tpu", "TPU v5e", "tpu").as_text().count("tpu_custom_call") == 1  # Chosen, not named.
+    assert lowered("gpu", "NVIDIA H200", "cuda").as_text().count("stablehlo.custom_call @mosaic_gpu") == 1
+    attend, together = _triton.ptx(lowered("gpu", "NVIDIA H200", "cuda", implementation="triton"))
+    assert ".target sm_90" in attend and "mma.sync" in attend and "cp.async" in attend
+    assert "mma.sync" not in together
 
 
 @pytest.mark.parametrize(

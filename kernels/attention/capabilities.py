@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.attention.masks import And, Causal, Everything, Mask, SlidingWindow
-from kernels.platform import default_platform, device_kind
+from kernels.platform import not_hopper
 from kernels.tokens import Tokens
 
 
@@ -84,13 +84,6 @@ class Capability:
         return self.more(case) or case.not_elementwise
 
 
-def _hopper(case: Case) -> str | None:
-    kind = device_kind()
-    if default_platform() == "gpu" and not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
-        return f"it is made for Hopper GPUs, not for {kind or 'an unknown device'}"
-    return None
-
-
 def _triton(case: Case) -> str | None:
     missing = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
     return f"it needs {' and '.join(missing)} (pip install 'tessera[gpu]')" if missing else None
@@ -108,7 +101,7 @@ def _cudnn(case: Case) -> str | None:
 
 CAPABILITIES = {
     "pallas_tpu": Capability(("bfloat16", "float32"), (640, 512)),
-    "mosaic_gpu": Capability(("bfloat16", "float16"), (256, 256), more=_hopper),
+    "mosaic_gpu": Capability(("bfloat16", "float16"), (256, 256), more=lambda case: not_hopper()),
     "triton": Capability(("bfloat16", "float16", "float32"), (256, 256), more=_triton),
     "cudnn": Capability(("bfloat16", "float16"), (128, 128), changes=False, dropout=False, more=_cudnn),
 }

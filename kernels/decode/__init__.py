@@ -12,13 +12,16 @@ from kernels.decode.combine import combine
 
 __all__ = ["IMPLEMENTATIONS", "combine", "cost", "decode_attention", "paged_decode_attention"]
 
+
+def _kernel(name: str, platform: str) -> dispatch.Implementation:
+    run = dispatch.later(f"kernels.decode.{name}", "decode")
+    return dispatch.Implementation(name, run, getattr(limits, name), (platform,), kernel=True, untried=True)
+
+
 IMPLEMENTATIONS = {
-    "pallas_tpu": dispatch.Implementation(
-        "pallas_tpu", dispatch.later("kernels.decode.pallas_tpu", "decode"), limits.pallas_tpu, ("tpu",), kernel=True
-    ),
-    "triton": dispatch.Implementation(
-        "triton", dispatch.later("kernels.decode.triton", "decode"), limits.triton, ("gpu",), kernel=True
-    ),
+    "pallas_tpu": _kernel("pallas_tpu", "tpu"),
+    "mosaic_gpu": _kernel("mosaic_gpu", "gpu"),
+    "triton": _kernel("triton", "gpu"),
     "xla": dispatch.Implementation("xla", xla.decode, lambda case: None),
     "reference": dispatch.Implementation("reference", reference.decode, limits.reference),
 }

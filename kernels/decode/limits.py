@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from kernels import _triton
-from kernels.platform import device_kind
+from kernels.platform import device_kind, not_hopper
 
 _SHARED_MEMORY = {"A100": 163, "H100": 227, "H200": 227, "H20": 227, "B200": 227, "B300": 227}  # KiB; others 99.
 #: Places of the cache per step of the XLA form.
@@ -81,6 +81,25 @@ def triton(case: Case) -> str | None:
     return None
 
 
+def mosaic_gpu(case: Case) -> str | None:
+    """TMA and the tensor cores take whole rows of 128 bytes; an accumulator must fit the registers."""
+    reason = not_hopper()
+    if reason is not None:
+        return reason
+    if case.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 and float16, not in {case.dtype}"
+    width, page = case.k[3], 0 if case.table is None else case.k[1]
+    if width % 64 or case.value_width % (64 if case.value_width <= 256 else 128):
+        return f"keys {width} and values {case.value_width} wide: it takes multiples of 64, of 128 for values above 256"
+    if not page and case.slots % 8:
+        return f"a cache of {case.slots} places: it takes a multiple of 8"
+    if page not in (0, 8, 16, 32) and page % 64:
+        return f"pages of {page} places: it takes 8, 16, 32 and multiples of 64"
+    if case.value_width > 512 or hopper_sizes(width, case.value_width, case.shared, page) is None:
+        return f"keys {width} and values {case.value_width} wide are too much for registers or shared memory"
+    return None
+
+
 def tpu_layout(kv_heads: int, width: int, value_width: int) -> str:
     """How XLA for TPU lays out a cache [.., S, Hk, D]: which axes the kernel finds together (see `pallas_tpu.py`)."""
     if width % 128 or value_width % 128:
@@ -129,6 +148,28 @@ def triton_sizes(rows: int, width: int, value_width: int, shared: bool, itemsize
         if tile < 16:
             return None
     return TritonSizes(tile, block, main, rest, values, 8 if tile * values > 64 * 256 else 4, stages)
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperSizes:
+    """Of the Mosaic GPU kernel: warpgroups that compute, places per step, copies they take, and steps under way."""
+
+    groups: int
+    block: int
+    pieces: int
+    stages: int
+
+
+def hopper_sizes(width: int, value_width: int, shared: bool, page: int) -> HopperSizes | None:
+    """Blocks of 64 places, or 128 where keys and values are narrow; None where shared memory does not hold two.
+
+    A latent of 576 columns takes 216 of 227 KiB: 64 queries and two blocks of 64.
+    """
+    groups = 1 if value_width <= 256 else 2
+    row = 2 * (width + (0 if shared else value_width))
+    block = 128 if row <= 512 and page % 128 == 0 else 64
+    stages = min(4, (_SHARED_MEMORY["H100"] * 1024 - 2048 - 128 * width) // (block * row))
+    return HopperSizes(groups, block, max(1, block // page) if page else 1, stages) if stages >= 2 else None
 
 
 def _power(n: int) -> int:

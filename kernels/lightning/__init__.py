@@ -33,6 +33,7 @@ IMPLEMENTATIONS = {
         limits.tpu_refusal,
         platforms=("tpu",),
         kernel=True,
+        untried=True,
     ),
     "triton": dispatch.Implementation(
         "triton",
@@ -40,6 +41,7 @@ IMPLEMENTATIONS = {
         limits.gpu_refusal,
         platforms=("gpu",),
         kernel=True,
+        untried=True,
     ),
     "xla": dispatch.Implementation("xla", xla.lightning_attention, lambda case: None),
     "reference": dispatch.Implementation("reference", reference.dense, lambda case: None),
