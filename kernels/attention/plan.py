@@ -282,11 +282,14 @@ def adapted(
             status = status.reshape(status.shape[0], -1, one.heads * ratio, *status.shape[2:]).max(2)
         return float((status != EMPTY).mean())
 
+    more = max(n for n in range(1, 9) if k[2] % n == 0)  # Small steps are worth taking for more heads at once.
+
     def best(one: Blocks) -> Blocks:
         finer = [
-            (slower, dataclasses.replace(one, q=max(size // ratio, 32), k=size, merge=1))
+            (slower, dataclasses.replace(one, q=max(size // ratio, 32), k=size, heads=heads, merge=1))
             for size, slower in _FINER
             if size <= min(one.q * ratio, one.k) and size < max(one.q * ratio, one.k)
+            for heads in sorted({more, one.heads}, reverse=True)
         ]
         if not finer or share(one) is None:
             return one
