@@ -19,10 +19,18 @@ from kernels.tokens import Tokens
 
 
 class View(NamedTuple):
-    """Entries [B, S, ...] that the new queries may attend to, with the metadata of their tokens."""
+    """What new queries may attend to.
+
+    Attributes:
+        entries: [B, S, ...].
+        tokens: metadata of the entries' tokens.
+        lengths: how many of the S places the last query of each row may see, and the queries before it one less each
+            (as `kernels.decode` has it); None where that is not so.
+    """
 
     entries: dict[str, Array]
     tokens: Tokens
+    lengths: Int[Array, "B"] | None = None
 
 
 @functools.partial(
@@ -97,7 +105,8 @@ class SlotCache:
         if self.window and new > 1:  # Writing first would drop keys that the earlier of the new queries still see.
             both = lambda old, late: jnp.concatenate([old, late.astype(old.dtype)], axis=1)  # noqa: E731
             return View(jax.tree.map(both, self.entries, entries), jax.tree.map(both, self.tokens, arriving)), cache
-        return View(cache.entries, cache.tokens), cache
+        # A lone query sees all of a ring. Places that padding leaves empty are seen by padding alone.
+        return View(cache.entries, cache.tokens, jnp.minimum(self.length + new, self.slots)), cache
 
     def _write(self, entries: dict[str, Array], tokens: Tokens, order: Array, length: Array) -> "SlotCache":
         slot = order

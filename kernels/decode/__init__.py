@@ -1,5 +1,8 @@
 """The decode op: attention of one or a few new queries to a long cache of keys and values, contiguous or in pages."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from kernels import dispatch
 from kernels.decode import cost, limits, reference, xla
 from kernels.decode.combine import combine
+from kernels.varying import alike
 
 __all__ = ["IMPLEMENTATIONS", "combine", "cost", "decode_attention", "paged_decode_attention"]
 
@@ -57,8 +61,9 @@ def decode_attention(
     put together by `combine`.
 
     `splits` (None: chosen) is in how many parts each row's live keys are read at once; it changes speed, not results.
-    Forward only: differentiating raises. Raises: `ValueError` for shapes, types or options that do not fit;
-    `NotImplementedError` where the named implementation cannot do the case, and when differentiated.
+    Gradients of q, k, v and sinks form the whole map [B, H, T, S]: training belongs to `kernels.attention`.
+    Raises: `ValueError` for shapes, types or options that do not fit; `NotImplementedError` where the named
+    implementation cannot do the case.
     """
     _check("decode_attention", q, k, v, lengths, value_width, starts, window, sinks, splits)
     if q.shape[0] != k.shape[0]:
@@ -108,35 +113,49 @@ def _run(
     width = value_width if v is None else v.shape[3]
     case = limits.Case(q.shape, k.shape, width, v is None, q.dtype, None if table is None else table.shape, splits)
     chosen = dispatch.choose("decode", implementation, IMPLEMENTATIONS, case)
-    q, k, v, sinks = _forward_only(q, k, v, sinks)
     function = reference.decode if 0 in (*q.shape, *k.shape, case.slots, width) else chosen.function
-    return function(
-        q,
-        k,
-        v,
-        table=table,
-        lengths=lengths.astype(jnp.int32),
-        starts=jnp.zeros_like(lengths, jnp.int32) if starts is None else starts.astype(jnp.int32),
-        sinks=sinks,
-        value_width=width,
-        window=window or 0,
-        soft_cap=float(soft_cap),
-        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
-        splits=splits,
-    )
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    options = dict(value_width=width, window=window or 0, soft_cap=float(soft_cap), scale=scale)
+    starts = jnp.zeros_like(lengths, jnp.int32) if starts is None else starts.astype(jnp.int32)
+    arrays, places = alike(((q, k, v, sinks), (table, lengths.astype(jnp.int32), starts)), q, k, v, table, lengths)
+    return _attend(_Call(function, tuple(options.items()), splits), arrays, places)
 
 
-@jax.custom_jvp
-def _forward_only(*arrays: Any) -> Any:
-    """The arrays as they are; an error for whoever differentiates what comes after."""
-    return arrays
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """The static part of one call."""
+
+    function: Callable[..., tuple[Array, Array]]
+    options: tuple[tuple[str, Any], ...]
+    splits: int | None
+
+    def run(self, arrays: Any, places: Any, **more: Any) -> tuple[Array, Array]:
+        (q, k, v, sinks), (table, lengths, starts) = arrays, places
+        more |= dict(table=table, lengths=lengths, starts=starts, sinks=sinks, splits=self.splits)
+        return self.function(q, k, v, **dict(self.options), **more)
 
 
-@_forward_only.defjvp
-def _no_derivative(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        "decode attention has no derivative: use kernels.attention.attention where gradients are needed"
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call: _Call, arrays: Any, places: Any) -> tuple[Array, Array]:
+    return call.run(arrays, places)
+
+
+def _forward(call: _Call, arrays: Any, places: Any) -> tuple[Any, Any]:
+    return call.run(arrays, places), (arrays, places)
+
+
+def _backward(call: _Call, saved: Any, cotangents: Any) -> tuple[Any, Any]:
+    """Through the form by the book, with 0 in the place of what is no number: that has made NaN of the output already
+    where it may be seen, and must not reach who may not see it."""
+    arrays, places = saved
+    by_the_book = dataclasses.replace(call, function=reference.decode, splits=None)
+    q, k, v, sinks = arrays
+    sound = q, *(None if x is None else jnp.where(jnp.isfinite(x), x, 0) for x in (k, v)), sinks
+    (found,) = jax.vjp(lambda arrays: by_the_book.run(arrays, places), sound)[1](cotangents)
+    return found, None
+
+
+_attend.defvjp(_forward, _backward)
 
 
 def _integer(x: Array) -> bool:

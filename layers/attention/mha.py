@@ -97,9 +97,9 @@ class MultiHeadAttention(Attention):
         position = tokens.positions()
         q = site("query", self.rope.rotate(site("query_raw", q), position))
         k = self.rope.rotate(k, position)
-        entries, keys = {"k": k, "v": v}, tokens
+        entries, keys, lengths = {"k": k, "v": v}, tokens, None
         if cache is not None:
-            (entries, keys), cache = cache.append(entries, tokens)
+            (entries, keys, lengths), cache = cache.append(entries, tokens)
         heads = attend(
             q,
             entries["k"].astype(q.dtype),
@@ -107,6 +107,7 @@ class MultiHeadAttention(Attention):
             mask=visible(self.mask, keys),
             tokens=tokens,
             keys=keys,
+            lengths=lengths,
             scale=self.scale,
             soft_cap=self.soft_cap,
             sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),

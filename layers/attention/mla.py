@@ -1,5 +1,7 @@
 """Multi-head latent attention: keys and values of all heads come from one cached latent per token."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -20,9 +22,9 @@ class MultiHeadLatentAttention(Attention):
     """MLA (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3). Options: `configs/attention/mla.py`.
 
     With d_n, d_r, d_v the unrotated, rotated and value widths of a head and d_c the latent's: the latent
-    c = RMSNorm(x W_DKV) and one rotated key k_r per token are all that is cached. Training and prefill expand c to
-    keys and values per head; decoding absorbs W_UK in the query and W_UV in the output, and attends to c itself as
-    multi-query attention of key width d_c + d_r. Both are the same function.
+    c = RMSNorm(x W_DKV) and one rotated key k_r per token are all that is cached, as one row [c, k_r]. Training and
+    prefill expand c to keys and values per head; decoding absorbs W_UK in the query and W_UV in the output, and attends
+    to the rows themselves as multi-query attention of key width d_c + d_r. Both are the same function.
     """
 
     def __init__(
@@ -78,42 +80,35 @@ class MultiHeadLatentAttention(Attention):
         q = site("query", jnp.concatenate([q_nope, self.rope.rotate(q_rope, position)], axis=-1))
         latent = self.latent_norm(self.latent(x))
         rope_key = self.rope.rotate(self.rope_key(x)[:, :, None], position)[:, :, 0]
-        entries, keys, absorbed = {"latent": latent, "rope_key": rope_key}, tokens, False
+        cached, keys, lengths, absorbed = jnp.concatenate([latent, rope_key], axis=-1), tokens, None, False
         if cache is not None:
             absorbed = not cache.fresh
-            (entries, keys), cache = cache.append(entries, tokens)
-        attend_to = self._attend_to_latent if absorbed else self._attend_to_expanded
-        heads = attend_to(q, entries["latent"].astype(q.dtype), entries["rope_key"].astype(q.dtype), tokens, keys, site)
+            (entries, keys, lengths), cache = cache.append({"latent": cached}, tokens)
+            cached = entries["latent"].astype(q.dtype)
+        read = self._from_latent if absorbed else self._from_heads
+        shared = dict(mask=visible(self.mask, keys), tokens=tokens, keys=keys, lengths=lengths, hooks=site)
+        heads = read(q, cached, scale=self.scale, implementation=self.setting.implementation, **shared)
         out = self.out(site("heads", heads).reshape(*x.shape[:2], -1))
         return AttentionOutput(out, cache, site.taken)
 
-    def _attend_to_expanded(self, q, latent, rope_key, tokens, keys, site) -> Float[Array, "B T H Dv"]:
+    def _from_heads(
+        self, q: Float[Array, "B T H D"], cached: Float[Array, "B S C"], **shared: Any
+    ) -> Float[Array, "B T H Dv"]:
+        latent, rope_key = jnp.split(cached, [self.rank], axis=-1)
         shape = (*latent.shape[:2], self.heads, -1)
         rope_key = jnp.broadcast_to(rope_key[:, :, None], (*latent.shape[:2], self.heads, self.rotary))
         k = jnp.concatenate([self.key_up(latent).reshape(shape), rope_key], axis=-1)
-        return self._attend(q, k, self.value_up(latent).reshape(shape), tokens, keys, site)
+        return attend(q, k, self.value_up(latent).reshape(shape), **shared)
 
-    def _attend_to_latent(self, q, latent, rope_key, tokens, keys, site) -> Float[Array, "B T H Dv"]:
+    def _from_latent(
+        self, q: Float[Array, "B T H D"], cached: Float[Array, "B S C"], **shared: Any
+    ) -> Float[Array, "B T H Dv"]:
         key_up = self.key_up.matrix(q.dtype).reshape(self.rank, self.heads, self.nope)
         value_up = self.value_up.matrix(q.dtype).reshape(self.rank, self.heads, self.value)
         q_nope, q_rope = jnp.split(q, [self.nope], axis=-1)
         q = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, key_up), q_rope], axis=-1)
-        k = jnp.concatenate([latent, rope_key], axis=-1)[:, :, None]
-        read = self._attend(q, k, latent[:, :, None], tokens, keys, site)
+        read = attend(q, cached[:, :, None], None, value_width=self.rank, **shared)
         return jnp.einsum("bthc,chv->bthv", read, value_up)
-
-    def _attend(self, q, k, v, tokens, keys, site) -> Float[Array, "B T H Dv"]:
-        return attend(
-            q,
-            k,
-            v,
-            mask=visible(self.mask, keys),
-            tokens=tokens,
-            keys=keys,
-            scale=self.scale,
-            hooks=site,
-            implementation=self.setting.implementation,
-        )
 
     @property
     def mask(self) -> masks.Mask:
@@ -121,7 +116,7 @@ class MultiHeadLatentAttention(Attention):
         return masks.causal()
 
     def init_cache(self, batch: int, length: int, dtype: str) -> SlotCache:
-        return SlotCache.create(batch, length, {"latent": (self.rank,), "rope_key": (self.rotary,)}, dtype)
+        return SlotCache.create(batch, length, {"latent": (self.rank + self.rotary,)}, dtype)
 
     def parameter_count(self) -> int:
         width, query_width = self.setting.width, self.heads * (self.nope + self.rotary)

@@ -1,10 +1,12 @@
-"""The softmax core that variants share: the attention op on the active mesh, and its hooks."""
+"""The softmax core that variants share: the attention op (or the decode op, where a few tokens meet a cache) on the
+active mesh, and its hooks."""
 
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from kernels import decode
 from kernels.attention import attention, masks, probabilities
 from kernels.tokens import Tokens
 from layers.hooks import LayerHooks, Tap
@@ -14,16 +16,20 @@ _QUERY = ("batch", "length", "heads", None)
 _KEY = ("batch", None, "heads", None)
 _KV = ("batch", None, "kv_heads", None)
 _TOKENS = ("batch", "length")
+#: The most new tokens at once that the decode op is made for.
+_FEW = 16
 
 
 def attend(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B S Hk D"],
-    v: Float[Array, "B S Hk Dv"],
+    v: Float[Array, "B S Hk Dv"] | None,
     *,
+    value_width: int | None = None,
     mask: masks.Mask,
     tokens: Tokens,
     keys: Tokens,
+    lengths: Int[Array, "B"] | None = None,
     scale: float,
     soft_cap: float = 0.0,
     sinks: Float[Array, "H"] | None = None,
@@ -32,6 +38,8 @@ def attend(
 ) -> Float[Array, "B T H Dv"]:
     """Output of every head before W_O; arguments as for `kernels.attention.attention`.
 
+    `v` None: the values are the first `value_width` columns of the keys. `lengths`, from a cache's `View`, says what
+    the mask says of a cache that is in order; then few queries go to the decode op, which reads no more than is there.
     Under tensor parallelism key/value heads are repeated until they split as the query heads do.
     Hooks on scores or probabilities form the whole map; a tap on probabilities forms the rows it asks for.
     """
@@ -44,6 +52,11 @@ def attend(
     if hooks.tap("scores") is not None:
         raise NotImplementedError("a tap on scores is not offered: tap probabilities, or edit scores")
     tap, edited = hooks.tap("probabilities"), hooks.edits("probabilities")
+    watched = tap is not None or edited or hooks.edits("scores")
+    if lengths is not None and not watched and q.shape[1] <= _FEW and implementation in (None, *decode.IMPLEMENTATIONS):
+        options = dict(value_width=value_width, soft_cap=soft_cap, scale=scale, implementation=implementation)
+        return _from_cache(q, k, v, lengths, sinks, options)
+    v = k[..., :value_width] if v is None else v
     if edited or (tap is not None and hooks.edits("scores")):  # Edits see the whole map, whatever is tapped of it.
         weights = hooks.edit("probabilities", probabilities(q, k, **shared), keys)
         if tap is not None:
@@ -70,6 +83,21 @@ def attend(
 
     specs = (_QUERY, _KEY, _KEY, _TOKENS, ("batch", None), None if sinks is None else ("heads",))
     return logical.shard_kernel(local, specs, _QUERY)(q, k, v, tokens, keys, sinks)
+
+
+def _from_cache(
+    q: Array, k: Array, v: Array | None, lengths: Array, sinks: Array | None, options: dict[str, Any]
+) -> Array:
+    """What `attend` gives, by the decode op."""
+    repeats = logical.kv_repeat(q.shape[2], k.shape[2])
+    if repeats > 1:
+        k, v = (x if x is None else jnp.repeat(logical.constrain(x, _KV), repeats, axis=2) for x in (k, v))
+
+    def local(q, k, v, lengths, sinks):
+        return decode.decode_attention(q, k, v, lengths, sinks=sinks, **options)[0]
+
+    specs = (_QUERY, _KEY, None if v is None else _KEY, ("batch",), None if sinks is None else ("heads",))
+    return logical.shard_kernel(local, specs, _QUERY)(q, k, v, lengths, sinks)
 
 
 def _chosen(tap: Tap) -> tuple[Any, Any]:
