@@ -78,9 +78,10 @@ class MultiHeadLatentAttention(Attention):
         q = site("query_raw", q.reshape(*x.shape[:2], self.heads, -1))
         q_nope, q_rope = jnp.split(q, [self.nope], axis=-1)
         q = site("query", jnp.concatenate([q_nope, self.rope.rotate(q_rope, position)], axis=-1))
-        latent = self.latent_norm(self.latent(x))
-        rope_key = self.rope.rotate(self.rope_key(x)[:, :, None], position)[:, :, 0]
-        cached, keys, lengths, absorbed = jnp.concatenate([latent, rope_key], axis=-1), tokens, None, False
+        # With an axis of one head from the start: to give the cache one later, XLA copies it.
+        latent, rope_key = self.latent_norm(self.latent(x))[:, :, None], self.rope_key(x)[:, :, None]
+        cached = jnp.concatenate([latent, self.rope.rotate(rope_key, position)], axis=-1)
+        keys, lengths, absorbed = tokens, None, False
         if cache is not None:
             absorbed = not cache.fresh
             (entries, keys, lengths), cache = cache.append({"latent": cached}, tokens)
@@ -92,22 +93,22 @@ class MultiHeadLatentAttention(Attention):
         return AttentionOutput(out, cache, site.taken)
 
     def _from_heads(
-        self, q: Float[Array, "B T H D"], cached: Float[Array, "B S C"], **shared: Any
+        self, q: Float[Array, "B T H D"], cached: Float[Array, "B S 1 C"], **shared: Any
     ) -> Float[Array, "B T H Dv"]:
-        latent, rope_key = jnp.split(cached, [self.rank], axis=-1)
+        latent, rope_key = cached[:, :, 0, : self.rank], cached[..., self.rank :]
         shape = (*latent.shape[:2], self.heads, -1)
-        rope_key = jnp.broadcast_to(rope_key[:, :, None], (*latent.shape[:2], self.heads, self.rotary))
+        rope_key = jnp.broadcast_to(rope_key, (*latent.shape[:2], self.heads, self.rotary))
         k = jnp.concatenate([self.key_up(latent).reshape(shape), rope_key], axis=-1)
         return attend(q, k, self.value_up(latent).reshape(shape), **shared)
 
     def _from_latent(
-        self, q: Float[Array, "B T H D"], cached: Float[Array, "B S C"], **shared: Any
+        self, q: Float[Array, "B T H D"], cached: Float[Array, "B S 1 C"], **shared: Any
     ) -> Float[Array, "B T H Dv"]:
         key_up = self.key_up.matrix(q.dtype).reshape(self.rank, self.heads, self.nope)
         value_up = self.value_up.matrix(q.dtype).reshape(self.rank, self.heads, self.value)
         q_nope, q_rope = jnp.split(q, [self.nope], axis=-1)
         q = jnp.concatenate([jnp.einsum("bthn,chn->bthc", q_nope, key_up), q_rope], axis=-1)
-        read = attend(q, cached[:, :, None], None, value_width=self.rank, **shared)
+        read = attend(q, cached, None, value_width=self.rank, **shared)
         return jnp.einsum("bthc,chv->bthv", read, value_up)
 
     @property
@@ -116,7 +117,7 @@ class MultiHeadLatentAttention(Attention):
         return masks.causal()
 
     def init_cache(self, batch: int, length: int, dtype: str) -> SlotCache:
-        return SlotCache.create(batch, length, {"latent": (self.rank + self.rotary,)}, dtype)
+        return SlotCache.create(batch, length, {"latent": (1, self.rank + self.rotary)}, dtype)
 
     def parameter_count(self) -> int:
         width, query_width = self.setting.width, self.heads * (self.nope + self.rotary)
