@@ -175,6 +175,34 @@ def test_repeats_are_bitwise_equal(op) -> None:
             np.testing.assert_array_equal(a, first[name], err_msg=name)
 
 
+@pytest.mark.parametrize("mask", [CAUSAL & masks.sliding_window(9), CAUSAL & masks.segments() & masks.valid(), ~CAUSAL])
+def test_the_order_of_tokens_is_what_their_columns_say(op, mask) -> None:
+    """Keys in any order give the same, queries in another order their own rows; only columns tell who sees whom."""
+    rng, batch = np.random.default_rng(5), 2
+    q, k, v = (rng.standard_normal((batch, n, h, 8)).astype(np.float32) for n, h in ((21, 4), (26, 2), (26, 2)))
+
+    def columns(length: int) -> Tokens:
+        index = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
+        return Tokens(index=index, segment=1 + (index >= 11), valid=rng.random((batch, length)) < 0.8)
+
+    sides = columns(21), columns(26)
+    orders = [rng.permuted(np.tile(np.arange(n), (batch, 1)), axis=1) for n in (21, 26)]
+
+    def ordered(x: np.ndarray, order: np.ndarray) -> np.ndarray:
+        return x[np.arange(batch)[:, None], order]
+
+    @jax.jit
+    def run(q, k, v, sides):
+        (out, lse), pull = jax.vjp(lambda *x: op(*x, mask=mask, q_tokens=sides[0], k_tokens=sides[1]), q, k, v)
+        return out, lse, *pull((jnp.sin(out), jnp.zeros_like(lse)))
+
+    straight = run(q, k, v, sides)
+    mixed = [jax.tree.map(lambda x, o=o: ordered(x, o), side) for side, o in zip(sides, orders, strict=True)]
+    found = run(ordered(q, orders[0]), ordered(k, orders[1]), ordered(v, orders[1]), tuple(mixed))
+    for a, b, order in zip(found, straight, (orders[0],) * 3 + (orders[1],) * 2, strict=True):
+        np.testing.assert_allclose(a, ordered(np.asarray(b), order), atol=2e-5)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)], ids=["batch", "queries", "keys"])
 def test_empty_inputs(op, shape) -> None:
     batch, length, keys = shape
