@@ -13,6 +13,7 @@ from layers_oracle import Rotation
 
 import layers.attention
 from kernels.tokens import Tokens, packed, sequence
+from layers.attention import softmax
 from layers.hooks import Hooks, Tap
 from layers.rope import Rope
 
@@ -183,6 +184,35 @@ def test_decoding_is_the_same_function(name):
     wanted = CASES[name].wanted(p, x, document, position)["out"]
     for row, found in enumerate(decoded(layer, x, ARRIVALS)):
         assert oracle.relative(found, wanted[row, : len(found)]) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["grouped", "window_sink_tokens", "mla"])
+def test_which_op_reads_a_cache(name, monkeypatch):
+    """The decode op for a few new tokens, unless somebody watches the map or names a kernel; with the same gradients."""
+    layer, _ = CASES[name].build()
+    x, calls = inputs(18), []
+    op = softmax.decode.decode_attention
+    monkeypatch.setattr(
+        softmax.decode, "decode_attention", lambda *args, **more: (calls.append(1), op(*args, **more))[1]
+    )
+
+    def tokens(first, count):
+        return Tokens(index=jnp.arange(first, first + count)[None] + jnp.zeros((2, 1), jnp.int32))
+
+    cache = layer(x[:, :9], tokens(0, 9), layer.init_cache(2, 40, "float32")).cache
+
+    def gradient(new, **more):
+        calls.clear()
+        take = lambda new: jnp.sum(jnp.sin(layer(new, tokens(9, new.shape[1]), cache, **more).out))  # noqa: E731
+        return np.asarray(jax.grad(take)(new)), len(calls)
+
+    one = jnp.asarray(x[:, 9:10])
+    found, count = gradient(one)
+    assert count == 1
+    assert gradient(one, hooks=Hooks({}, {"probabilities": Tap(layers=(0,))}))[1] == 0
+    monkeypatch.setattr(softmax, "_FEW", 0)
+    other, count = gradient(one)
+    assert count == 0 and oracle.relative(found, other) < CLOSE
 
 
 # Hooks.
