@@ -188,7 +188,7 @@ def test_decoding_is_the_same_function(name):
 
 @pytest.mark.parametrize("name", ["grouped", "window_sink_tokens", "mla"])
 def test_which_op_reads_a_cache(name, monkeypatch):
-    """The decode op for a few new tokens, unless somebody watches the map or names a kernel; with the same gradients."""
+    """The decode op for a few new tokens, unless somebody watches the map; gradients are the same through either."""
     layer, _ = CASES[name].build()
     x, calls = inputs(18), []
     op = softmax.decode.decode_attention
