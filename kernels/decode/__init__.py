@@ -1,6 +1,5 @@
 """The decode op: attention of one or a few new queries to a long cache of keys and values, contiguous or in pages."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
 from kernels.decode import cost, limits, reference, xla
+from kernels.decode.call import Call, Inputs
 from kernels.decode.combine import combine
 from kernels.varying import alike
 
@@ -115,44 +115,30 @@ def _run(
     chosen = dispatch.choose("decode", implementation, IMPLEMENTATIONS, case)
     function = reference.decode if 0 in (*q.shape, *k.shape, case.slots, width) else chosen.function
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    options = dict(value_width=width, window=window or 0, soft_cap=float(soft_cap), scale=scale)
     starts = jnp.zeros_like(lengths, jnp.int32) if starts is None else starts.astype(jnp.int32)
-    arrays, places = alike(((q, k, v, sinks), (table, lengths.astype(jnp.int32), starts)), q, k, v, table, lengths)
-    return _attend(_Call(function, tuple(options.items()), splits), arrays, places)
+    inputs = alike(Inputs(q, k, v, table, lengths.astype(jnp.int32), starts, sinks), q, k, v, table, lengths)
+    return _attend(function, Call(width, window or 0, float(soft_cap), scale, splits), inputs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """The static part of one call."""
-
-    function: Callable[..., tuple[Array, Array]]
-    options: tuple[tuple[str, Any], ...]
-    splits: int | None
-
-    def run(self, arrays: Any, places: Any, **more: Any) -> tuple[Array, Array]:
-        (q, k, v, sinks), (table, lengths, starts) = arrays, places
-        more |= dict(table=table, lengths=lengths, starts=starts, sinks=sinks, splits=self.splits)
-        return self.function(q, k, v, **dict(self.options), **more)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(function: Callable[..., Any], call: Call, inputs: Inputs) -> tuple[Array, Array]:
+    return function(call, inputs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: _Call, arrays: Any, places: Any) -> tuple[Array, Array]:
-    return call.run(arrays, places)
+def _forward(function: Callable[..., Any], call: Call, inputs: Inputs) -> tuple[Any, Inputs]:
+    return function(call, inputs), inputs
 
 
-def _forward(call: _Call, arrays: Any, places: Any) -> tuple[Any, Any]:
-    return call.run(arrays, places), (arrays, places)
-
-
-def _backward(call: _Call, saved: Any, cotangents: Any) -> tuple[Any, Any]:
+def _backward(function: Callable[..., Any], call: Call, inputs: Inputs, cotangents: Any) -> tuple[Inputs]:
     """Through the form by the book, with 0 in the place of what is no number: that has made NaN of the output already
     where it may be seen, and must not reach who may not see it."""
-    arrays, places = saved
-    by_the_book = dataclasses.replace(call, function=reference.decode, splits=None)
-    q, k, v, sinks = arrays
-    sound = q, *(None if x is None else jnp.where(jnp.isfinite(x), x, 0) for x in (k, v)), sinks
-    (found,) = jax.vjp(lambda arrays: by_the_book.run(arrays, places), sound)[1](cotangents)
-    return found, None
+    k, v = (None if x is None else jnp.where(jnp.isfinite(x), x, 0) for x in (inputs.k, inputs.v))
+
+    def by_the_book(q: Array, k: Array, v: Array | None, sinks: Array | None) -> tuple[Array, Array]:
+        return reference.decode(call, inputs._replace(q=q, k=k, v=v, sinks=sinks))
+
+    d_q, d_k, d_v, d_sinks = jax.vjp(by_the_book, inputs.q, k, v, inputs.sinks)[1](cotangents)
+    return (Inputs(d_q, d_k, d_v, None, None, None, d_sinks),)
 
 
 _attend.defvjp(_forward, _backward)

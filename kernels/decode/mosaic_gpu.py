@@ -10,6 +10,7 @@ lie side by side in the grid and read the cache through L2.
 Pages of 8, 16 or 32 places are copied one by one into a block; a larger page holds whole blocks.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -19,12 +20,13 @@ import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kernels import _compat
 from kernels import _mosaic_gpu as hopper
 from kernels._mosaic_gpu import COL, ROW, TILE, Products, Ring
 from kernels.decode import limits, schedule
+from kernels.decode.call import Call, Inputs
 from kernels.decode.combine import combine
 from kernels.platform import device_kind, interpreting
 from kernels.varying import result
@@ -33,25 +35,21 @@ _ROWS = 64
 _LOG2E, _LN2 = math.log2(math.e), math.log(2)
 
 
-def decode(
-    q: Float[Array, "B T H D"], k: Float[Array, "N S Hk D"], v: Float[Array, "N S Hk Dv"] | None, *,
-    table: Int[Array, "B n"] | None, lengths: Int[Array, "B"], starts: Int[Array, "B"], sinks: Float[Array, "H"] | None,
-    value_width: int, window: int, soft_cap: float, scale: float, splits: int | None,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:  # fmt: skip
-    """As `kernels.decode.decode_attention`; with a `table`, k and v are pages."""
+def decode(call: Call, inputs: Inputs) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """As `kernels.decode.decode_attention`."""
+    q, k, v, table, lengths, starts, sinks = inputs
     (batch, queries, heads, width), kv_heads = q.shape, k.shape[2]
     page = 0 if table is None else k.shape[1]
-    sizes = limits.hopper_sizes(width, value_width, v is None, page)
+    sizes = limits.hopper_sizes(width, call.value_width, v is None, page)
     assert sizes is not None  # `limits.mosaic_gpu`.
-    slots = k.shape[1] * (1 if table is None else table.shape[1])
-    if table is None and slots < sizes.block:
+    if table is None and inputs.slots < sizes.block:
         k, v = (x if x is None else _padded(x, 1, sizes.block) for x in (k, v))
     count = queries * heads // kv_heads
     tiles = -(-count // _ROWS)
+    splits = call.splits
     if splits is None:
-        splits = schedule.choose_splits(
-            batch * kv_heads * tiles, -(-slots // sizes.block), schedule.units(device_kind())
-        )
+        blocks = -(-inputs.slots // sizes.block)
+        splits = schedule.choose_splits(batch * kv_heads * tiles, blocks, schedule.units(device_kind()))
 
     def packed(x: Array) -> Array:
         """[B, T, H, ...] to [B, Hk, rows, ...]."""
@@ -61,15 +59,15 @@ def decode(
     sink = jnp.full((heads,), -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32) * _LOG2E
     sink = packed(jnp.broadcast_to(sink, (1, queries, heads)))[0]
     query = np.arange(tiles * _ROWS, dtype=np.int32) // (heads // kv_heads)
-    inputs = (packed(q), k, v, table, lengths, starts, sink, jnp.minimum(jnp.asarray(query), queries - 1))
+    arrays = (packed(q), k, v, table, lengths, starts, sink, jnp.minimum(jnp.asarray(query), queries - 1))
+    call = dataclasses.replace(call, splits=splits)
     kernel = functools.partial(
-        _kernel, sizes=sizes, queries=queries, slots=slots, page=page, splits=splits, window=window,
-        soft_cap=soft_cap, scale=scale, interpret=interpreting(),
-    )  # fmt: skip
-    columns = value_width // sizes.groups
+        _kernel, call=call, sizes=sizes, queries=queries, slots=inputs.slots, page=page, interpret=interpreting()
+    )
+    columns = call.value_width // sizes.groups
     slot_tiles = [hopper.tile(sizes.stages, sizes.block, width, dtype=q.dtype)]
     if v is not None:
-        slot_tiles.append(hopper.tile(sizes.stages, sizes.block, value_width, dtype=q.dtype))
+        slot_tiles.append(hopper.tile(sizes.stages, sizes.block, call.value_width, dtype=q.dtype))
     _, *barriers = Ring.scratch(sizes.stages, sizes.groups, *slot_tiles, pieces=sizes.pieces)
     out_dtype = q.dtype if splits == 1 else jnp.float32
     per_row = 128 // jnp.dtype(out_dtype).itemsize
@@ -81,8 +79,8 @@ def decode(
     shape = (batch, kv_heads, splits, tiles * _ROWS)
     out, lse = hopper.launch(
         kernel,
-        inputs,
-        out_type=(result((*shape, value_width), out_dtype, q, k), result(shape, jnp.float32, q, k)),
+        arrays,
+        out_type=(result((*shape, call.value_width), out_dtype, q, k), result(shape, jnp.float32, q, k)),
         scratch=(
             plgpu.RefUnion(
                 (hopper.tile(_ROWS, width, dtype=q.dtype), tuple(slot_tiles)),
@@ -109,14 +107,13 @@ def decode(
 def _kernel(
     q_ref: Any, k_ref: Any, v_ref: Any, table_ref: Any, lengths_ref: Any, starts_ref: Any, sink_ref: Any,
     query_ref: Any, out_ref: Any, lse_ref: Any, shared: Any, barriers: Any, loaded: Any, together: Any, spoilt: Any,
-    spare: Any, *, sizes: limits.HopperSizes, queries: int, slots: int, page: int, splits: int, window: int,
-    soft_cap: float, scale: float, interpret: bool,
+    spare: Any, *, call: Call, sizes: limits.HopperSizes, queries: int, slots: int, page: int, interpret: bool,
 ) -> None:  # fmt: skip
     """Output and lse of a tile of rows of one key/value head over one part of the cache's live blocks."""
     (q_tile, slot_refs), (out_tiles, lse_row) = shared
     ring, products, block = Ring(slot_refs, *barriers), Products(interpret), sizes.block
     group, row, split, head, tile = (lax.axis_index(name) for name in ("group", "batch", "split", "head", "tile"))
-    columns = out_tiles.shape[2]
+    columns, splits, window, soft_cap = out_tiles.shape[2], call.splits, call.window, call.soft_cap
     rows = pl.ds(tile * _ROWS, _ROWS)
 
     # What is live of this row of the batch, and what of that every query sees whole; see `schedule`.
@@ -192,9 +189,9 @@ def _kernel(
 
             s = pl.run_scoped(scores, plgpu.ACC((_ROWS, block), jnp.float32))
             if soft_cap:  # tanh x = 1 - 2 / (exp(2 x) + 1).
-                s = soft_cap * _LOG2E * (1 - 2 / (jnp.exp2(s * (2 * scale / soft_cap * _LOG2E)) + 1))
+                s = soft_cap * _LOG2E * (1 - 2 / (jnp.exp2(s * (2 * call.scale / soft_cap * _LOG2E)) + 1))
             else:
-                s *= scale * _LOG2E
+                s *= call.scale * _LOG2E
             values = (v_tile or [k_tile])[0].at[:, own]
             if border:
                 here = first_place(step)

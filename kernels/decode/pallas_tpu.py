@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from kernels.decode import limits, schedule
+from kernels.decode.call import Call, Inputs
 from kernels.decode.combine import combine
 from kernels.platform import device_kind, interpreting
 from kernels.varying import result
@@ -56,38 +57,34 @@ class _Facts:
     page: int = 0
 
 
-def decode(
-    q: Float[Array, "B T H D"], k: Float[Array, "N S Hk D"], v: Float[Array, "N S Hk Dv"] | None, *,
-    table: Int[Array, "B n"] | None, lengths: Int[Array, "B"], starts: Int[Array, "B"], sinks: Float[Array, "H"] | None,
-    value_width: int, window: int, soft_cap: float, scale: float, splits: int | None,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:  # fmt: skip
-    """As `kernels.decode.decode_attention`; with a `table`, k and v are pages."""
+def decode(call: Call, inputs: Inputs) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """As `kernels.decode.decode_attention`."""
+    q, k, v, table, lengths, starts, sinks = inputs
     (batch, queries, heads, width), kv_heads = q.shape, k.shape[2]
     if table is not None and table.size > limits.TPU_TABLE and batch > 1:  # Tables lie in scalar memory: 1 MiB.
         half = batch // 2
-        options: dict[str, Any] = dict(value_width=value_width, window=window, soft_cap=soft_cap, scale=scale)
-        options |= dict(sinks=sinks, splits=splits)
         halves = [
-            decode(q[part], k, v, table=table[part], lengths=lengths[part], starts=starts[part], **options)
+            decode(call, Inputs(q[part], k, v, table[part], lengths[part], starts[part], sinks))
             for part in (slice(None, half), slice(half, None))
         ]
         return tuple(map(jnp.concatenate, zip(*halves, strict=True)))  # type: ignore[return-value]
-    layout = limits.tpu_layout(kv_heads, width, width if v is None else value_width)
+    layout = limits.tpu_layout(kv_heads, width, width if v is None else call.value_width)
     together = kv_heads if layout in ("merged", "tiled") else 1
     head_blocks, count = kv_heads // together, queries * heads * together // kv_heads
     tile = 32 // q.dtype.itemsize
     rows = -(-count // tile) * tile
     page = 0 if table is None else k.shape[1]
-    slots = k.shape[1] if table is None else page * table.shape[1]
-    block = limits.tpu_block(layout, together, rows, width, 0 if v is None else value_width, q.dtype.itemsize)
+    slots = inputs.slots
+    block = limits.tpu_block(layout, together, rows, width, 0 if v is None else call.value_width, q.dtype.itemsize)
     block = max(1, block // page) * page if page else min(block, slots)
     kind = device_kind()
     cores = schedule.units(kind) if "TPU" in kind else 1
+    splits = call.splits
     if splits is None:
         splits = schedule.choose_splits(batch * head_blocks, -(-slots // block), cores)
     facts = _Facts(
-        layout, queries, heads // kv_heads, together, head_blocks, rows, value_width, v is None, slots, block, splits,
-        window, soft_cap, scale, page,
+        layout, queries, heads // kv_heads, together, head_blocks, rows, call.value_width, v is None, slots, block,
+        splits, call.window, call.soft_cap, call.scale, page,
     )  # fmt: skip
 
     def packed(x: Array) -> Array:

@@ -1,28 +1,26 @@
 """Decode attention by the book: the specification every other implementation is held to. Forms the whole map."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels.decode import schedule
+from kernels.decode.call import Call, Inputs
 
 
-def decode(
-    q: Float[Array, "B T H D"], k: Float[Array, "N S Hk D"], v: Float[Array, "N S Hk Dv"] | None, *,
-    table: Int[Array, "B n"] | None, lengths: Int[Array, "B"], starts: Int[Array, "B"], sinks: Float[Array, "H"] | None,
-    value_width: int, window: int, soft_cap: float, scale: float, splits: int | None,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:  # fmt: skip
-    """As `kernels.decode.decode_attention`; with a `table`, k and v are pages."""
+def decode(call: Call, inputs: Inputs) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """As `kernels.decode.decode_attention`."""
+    q, k, v, table, lengths, starts, sinks = inputs
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    v = k[..., :value_width] if v is None else v
+    v = k[..., : call.value_width] if v is None else v
     if table is not None:
         k, v = (x[jnp.clip(table, 0, len(x) - 1)].reshape(len(table), -1, *x.shape[2:]) for x in (k, v))
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    first, last = schedule.visible(lengths, starts, q.shape[1], window, k.shape[1])
+    first, last = schedule.visible(lengths, starts, q.shape[1], call.window, k.shape[1])
     place = jnp.arange(k.shape[1])
     allowed = ((place >= first[..., None]) & (place < last[..., None]))[:, None]
-    s = scale * jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=dtype, precision="highest")
-    if soft_cap:
-        s = soft_cap * jnp.tanh(s / soft_cap)
+    s = call.scale * jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=dtype, precision="highest")
+    if call.soft_cap:
+        s = call.soft_cap * jnp.tanh(s / call.soft_cap)
     s = jnp.where(allowed, s, -jnp.inf)
     sink = jnp.full((1, 1, 1), -jnp.inf, dtype) if sinks is None else sinks.astype(dtype)[:, None, None]
     top = jnp.maximum(s.max(-1, keepdims=True, initial=-jnp.inf), sink)

@@ -13,10 +13,11 @@ import math
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels import _triton
 from kernels.decode import limits, schedule
+from kernels.decode.call import Call, Inputs
 from kernels.platform import device_kind
 from kernels.varying import result
 
@@ -24,29 +25,27 @@ _LN2 = tl.constexpr(math.log(2))
 _LOG2E = tl.constexpr(math.log2(math.e))
 
 
-def decode(
-    q: Float[Array, "B T H D"], k: Float[Array, "N S Hk D"], v: Float[Array, "N S Hk Dv"] | None, *,
-    table: Int[Array, "B n"] | None, lengths: Int[Array, "B"], starts: Int[Array, "B"], sinks: Float[Array, "H"] | None,
-    value_width: int, window: int, soft_cap: float, scale: float, splits: int | None,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:  # fmt: skip
-    """As `kernels.decode.decode_attention`; with a `table`, k and v are pages."""
+def decode(call: Call, inputs: Inputs) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """As `kernels.decode.decode_attention`."""
+    q, k, v, table, lengths, starts, sinks = inputs
     (batch, queries, heads, width), kv_heads = q.shape, k.shape[2]
     rows = queries * heads // kv_heads
     kind = device_kind()
-    sizes = limits.triton_sizes(rows, width, value_width, v is None, q.dtype.itemsize, kind)
-    slots = k.shape[1] if table is None else k.shape[1] * table.shape[1]
+    sizes = limits.triton_sizes(rows, width, call.value_width, v is None, q.dtype.itemsize, kind)
     tiles = -(-rows // sizes.rows)
+    splits = call.splits
     if splits is None:
-        splits = schedule.choose_splits(batch * kv_heads * tiles, -(-slots // sizes.block), schedule.units(kind))
+        blocks = -(-inputs.slots // sizes.block)
+        splits = schedule.choose_splits(batch * kv_heads * tiles, blocks, schedule.units(kind))
     sink = jnp.full((heads,), -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
-    inputs = (q, k, k if v is None else v, lengths if table is None else table, lengths, starts, sink)
+    arrays = (q, k, k if v is None else v, lengths if table is None else table, lengths, starts, sink)
     shape = (batch, queries, heads, splits)
     out, lse = _triton.call(
         _attend,
-        *inputs,
+        *arrays,
         out_shape=(
-            result((*shape, value_width), q.dtype if splits == 1 else jnp.float32, *inputs),
-            result(shape, jnp.float32, *inputs),
+            result((*shape, call.value_width), q.dtype if splits == 1 else jnp.float32, *arrays),
+            result(shape, jnp.float32, *arrays),
         ),
         grid=(kv_heads * tiles, splits, batch),
         num_warps=sizes.warps,
@@ -55,21 +54,21 @@ def decode(
         KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         WIDTH=width,
-        VALUE_WIDTH=value_width,
-        VALUE_ROW=width if v is None else value_width,
-        SLOTS=slots,
+        VALUE_WIDTH=call.value_width,
+        VALUE_ROW=width if v is None else call.value_width,
+        SLOTS=inputs.slots,
         PAGE=0 if table is None else k.shape[1],
         PAGES=k.shape[0],
         SPLITS=splits,
-        WINDOW=window,
-        SOFT_CAP=soft_cap,
-        SCALE=scale,
+        WINDOW=call.window,
+        SOFT_CAP=call.soft_cap,
+        SCALE=call.scale,
         ROWS=sizes.rows,
         BLOCK=sizes.block,
         MAIN=sizes.main,
         REST=sizes.rest,
         VALUES=sizes.values,
-        SHARED=v is None and value_width == sizes.main,
+        SHARED=v is None and call.value_width == sizes.main,
         PRECISION="ieee" if q.dtype == jnp.float32 else "tf32",
     )
     if splits == 1:
@@ -78,12 +77,12 @@ def decode(
         _combine,
         out,
         lse,
-        out_shape=(result((*shape[:3], value_width), q.dtype, out), result(shape[:3], jnp.float32, out)),
+        out_shape=(result((*shape[:3], call.value_width), q.dtype, out), result(shape[:3], jnp.float32, out)),
         grid=batch * queries * heads,
         num_warps=1,
         SPLITS=splits,
         SPLITS_PADDED=triton.next_power_of_2(splits),
-        VALUE_WIDTH=value_width,
+        VALUE_WIDTH=call.value_width,
         VALUES=sizes.values,
     )
 

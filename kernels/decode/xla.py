@@ -11,29 +11,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kernels.bits import bits, floats
 from kernels.decode import limits, schedule
+from kernels.decode.call import Call, Inputs
 from kernels.decode.combine import combine
 from kernels.platform import default_platform
 from kernels.varying import alike
 
 
-def decode(
-    q: Float[Array, "B T H D"], k: Float[Array, "N S Hk D"], v: Float[Array, "N S Hk Dv"] | None, *,
-    table: Int[Array, "B n"] | None, lengths: Int[Array, "B"], starts: Int[Array, "B"], sinks: Float[Array, "H"] | None,
-    value_width: int, window: int, soft_cap: float, scale: float, splits: int | None,
-) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:  # fmt: skip
-    """As `kernels.decode.decode_attention`; with a `table`, k and v are pages."""
+def decode(call: Call, inputs: Inputs) -> tuple[Float[Array, "B T H Dv"], Float[Array, "B T H"]]:
+    """As `kernels.decode.decode_attention`."""
+    q, k, v, table, lengths, starts, sinks = inputs
     batch, queries, heads, width = q.shape
     kv_heads, dtype = k.shape[2], q.dtype
-    group, splits = heads // kv_heads, splits or 1
+    group, splits = heads // kv_heads, call.splits or 1
     wide = jnp.promote_types(dtype, jnp.float32)
     on_cpu = default_platform() == "cpu"
-    slots = k.shape[1] if table is None else k.shape[1] * table.shape[1]
+    slots = inputs.slots
     take, size = _blocks(k, v, table, min(limits.XLA_BLOCK, slots), wide if on_cpu else dtype)
-    first, last = schedule.visible(lengths, starts, queries, window, slots)
+    first, last = schedule.visible(lengths, starts, queries, call.window, slots)
     begin, count = schedule.parts(first, last, size, splits)
     rows = q.reshape(batch, queries, kv_heads, group, width).transpose(0, 2, 1, 3, 4)
     rows = rows.reshape(batch, kv_heads, queries * group, width)
@@ -49,20 +47,24 @@ def decode(
             top, total, out = state
             keys, values, place = take(row, i)
             query = rows[row].astype(keys.dtype)
-            s = scale * jnp.einsum("hrd,hsd->hrs", query, keys, preferred_element_type=wide, precision="highest")
-            if soft_cap:
-                s = soft_cap * jnp.tanh(s / soft_cap)
+            s = call.scale * jnp.einsum("hrd,hsd->hrs", query, keys, preferred_element_type=wide, precision="highest")
+            if call.soft_cap:
+                s = call.soft_cap * jnp.tanh(s / call.soft_cap)
             allowed = (place >= low) & (place < high) & (place >= i * size)
             s = jnp.where(allowed, s, -jnp.inf)
             higher = jnp.maximum(top, s.max(-1))
             level = jnp.where(higher == -jnp.inf, 0, higher)
             p, fade = jnp.exp(s - level[..., None]), jnp.exp(top - level)
             # The whole row, of which the values are a part, is faster than cutting them out first.
-            added = _weigh(p, keys if values is None else values, allowed, wide)[..., :value_width]
+            added = _weigh(p, keys if values is None else values, allowed, wide)[..., : call.value_width]
             return higher, fade * total + p.sum(-1), fade[..., None] * out + added
 
         top = jnp.where(part == 0, sink, -jnp.inf)  # A sink is a key of value 0, seen by the first part.
-        state = (top, jnp.where(top == -jnp.inf, 0.0, 1.0).astype(wide), jnp.zeros((*top.shape, value_width), wide))
+        state = (
+            top,
+            jnp.where(top == -jnp.inf, 0.0, 1.0).astype(wide),
+            jnp.zeros((*top.shape, call.value_width), wide),
+        )
         top, total, out = lax.fori_loop(begin, begin + count, add, alike(state, *(x for x in (q, k, v, table, begin))))
         safe = jnp.where(total == 0, 1, total)
         return out / safe[..., None], jnp.where(total == 0, -jnp.inf, top + jnp.log(safe))
