@@ -168,6 +168,18 @@ class Ring:
         plgpu.barrier_arrive(self.free.at[self._slot(step)])
 
 
+def feed(visits: Visits, *streams: tuple[Ring, Callable[[Any], Any]]) -> None:
+    """Fills each ring, step by step, with what its function gives of the step's tokens; returns when all was read."""
+
+    def fill(step: Any, first: Any, carry: None) -> None:
+        for ring, source in streams:
+            ring.fill(step, source(pl.ds(first, visits.part)))
+
+    each(0, visits.end, fill, None, visits.tokens)
+    for ring, _ in streams:
+        ring.drain(visits.end)
+
+
 @dataclasses.dataclass(frozen=True)
 class Products:
     """Matrix products, as a GPU does them or as the interpreter can.

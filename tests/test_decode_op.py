@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-from kernels import _triton
+from kernels import _mosaic_gpu, _triton
 from kernels.decode import (
     IMPLEMENTATIONS,
     combine,
@@ -330,6 +330,24 @@ def test_lowered_for_chips_that_are_not_there(case, monkeypatch) -> None:
     attend, together = _triton.ptx(lowered("gpu", "NVIDIA H200", "cuda", implementation="triton"))
     assert ".target sm_90" in attend and "mma.sync" in attend and "cp.async" in attend
     assert "mma.sync" not in together
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("page", [0, 16, 128])
+def test_blocks_fit_the_shared_memory_of_a_hopper(page, shared) -> None:
+    for width, value_width in itertools.product(range(64, 1025, 64), (64, 128, 256, 384, 512)):
+        sizes = limits.hopper_sizes(width, value_width, shared, page)
+        if sizes is None or (shared and value_width > width):
+            continue
+        columns = width + (0 if shared else value_width)
+        reading = 2 * 64 * width + sizes.stages * sizes.block * 2 * columns
+        writing = 4 * 64 * value_width + 4 * 64  # In the same place, later.
+        spoilt = 4 * sizes.groups * sizes.block
+        assert sizes.stages >= 2 and max(reading, writing) + spoilt + 512 <= _mosaic_gpu.SHARED_BYTES
+        assert sizes.block % max(page % sizes.block, 8) == 0 and sizes.pieces == max(
+            1, sizes.block // (page or sizes.block)
+        )
+    assert limits.hopper_sizes(576, 512, True, page) is not None, "the latent of DeepSeek-V2"
 
 
 @pytest.mark.parametrize(

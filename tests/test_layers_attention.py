@@ -188,7 +188,7 @@ def test_decoding_is_the_same_function(name):
 
 @pytest.mark.parametrize("name", ["grouped", "window_sink_tokens", "mla"])
 def test_which_op_reads_a_cache(name, monkeypatch):
-    """The decode op for a few new tokens, unless somebody watches the map; gradients are the same through either."""
+    """The decode op for a few new tokens, unless somebody watches the map or names a kernel; gradients are the same."""
     layer, _ = CASES[name].build()
     x, calls = inputs(18), []
     op = softmax.decode.decode_attention
@@ -213,6 +213,10 @@ def test_which_op_reads_a_cache(name, monkeypatch):
     monkeypatch.setattr(softmax, "_FEW", 0)
     other, count = gradient(one)
     assert count == 0 and oracle.relative(found, other) < CLOSE
+    monkeypatch.undo()
+    named, _ = CASES[name].build("pallas_tpu")
+    with pytest.raises(NotImplementedError, match="^attention: implementation 'pallas_tpu'"):
+        named(one, tokens(9, 1), cache)
 
 
 # Hooks.

@@ -184,15 +184,11 @@ def _queries(
         def _() -> None:
             hopper.fewer_registers(groups)
             kv_head = lax.div(head, ratio)
-
-            def fill(step: Any, first_key: Any, carry: None) -> None:
-                keys = pl.ds(first_key, _ROWS)
-                k_ring.fill(step, k_ref.at[row, keys, kv_head])
-                v_ring.fill(step, v_ref.at[row, keys, kv_head])
-
-            hopper.each(0, visits.end, fill, None, visits.tokens)
-            k_ring.drain(visits.end)
-            v_ring.drain(visits.end)
+            hopper.feed(
+                visits,
+                (k_ring, lambda keys: k_ref.at[row, keys, kv_head]),
+                (v_ring, lambda keys: v_ref.at[row, keys, kv_head]),
+            )
 
     def tile(*shape: int) -> Any:
         return hopper.tile(*shape, dtype=q.dtype)
