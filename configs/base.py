@@ -130,9 +130,10 @@ def checkpoint() -> ml_collections.ConfigDict:
 def sharding() -> ml_collections.ConfigDict:
     """A mesh and a table from logical axis names to mesh axes."""
     config = ml_collections.ConfigDict()
-    config.preset = "single"  # single | fsdp | tp | fsdp_tp.
+    config.preset = "single"  # single | fsdp | tp | fsdp_tp | tpla.
     config.data = 0  # Size of the mesh axis "data"; 0 fills what the others leave.
-    config.model = 0  # Size of the mesh axis "model"; 0 takes the preset's default.
+    config.model = 0  # Devices that share one copy of the model; 0 takes the preset's default.
+    config.latent = 0  # tpla: how many of them along the mesh axis "latent"; 0 is 2.
     config.rules = ()  # ((logical axis, mesh axis or None), ...): exceptions to the preset's table.
     return config
 

@@ -127,8 +127,8 @@ def _checkpoint(rules: Rules) -> None:
 
 
 def _sharding(rules: Rules) -> None:
-    rules.one_of("preset", ("single", "fsdp", "tp", "fsdp_tp"))
-    rules.whole("data", "model", least=0)
+    rules.one_of("preset", ("single", "fsdp", "tp", "fsdp_tp", "tpla"))
+    rules.whole("data", "model", "latent", least=0)
     pairs = rules["rules"]
     well_formed = isinstance(pairs, tuple) and all(
         isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str | None)

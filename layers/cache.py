@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from kernels.tokens import Tokens
+from sharding import logical
 
 
 class View(NamedTuple):
@@ -36,7 +37,7 @@ class View(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("entries", "tokens", "length"),
-    meta_fields=("pinned", "window", "fresh"),
+    meta_fields=("pinned", "window", "fresh", "axes"),
 )
 @dataclasses.dataclass(frozen=True)
 class SlotCache:
@@ -50,6 +51,7 @@ class SlotCache:
         window: 0 keeps every token (S bounds the sequence); otherwise the slots after the pinned ones are a ring of
             this many, and the oldest token leaves when a new one comes.
         fresh: static; nothing was appended yet, so a prefill attends to its own tokens only.
+        axes: static; the logical axes of one token's entries, by name, where a mesh may cut them.
     """
 
     entries: dict[str, Array]
@@ -58,6 +60,7 @@ class SlotCache:
     pinned: int = 0
     window: int = 0
     fresh: bool = True
+    axes: tuple[tuple[str, logical.Axes], ...] = ()
 
     @classmethod
     def create(
@@ -67,16 +70,19 @@ class SlotCache:
         shapes: Mapping[str, tuple[int, ...]],
         dtype: str,
         *,
+        axes: Mapping[str, logical.Axes] | None = None,
         pinned: int = 0,
         window: int = 0,
     ) -> "SlotCache":
-        """An empty cache for sequences up to `length`; `shapes` are those of one token's entries."""
+        """An empty cache for sequences up to `length`; `shapes` are those of one token's entries, `axes` their logical
+        axes."""
         slots = min(length, pinned + window) if window else length
         if window and slots < pinned + window:  # The whole sequence fits: nothing is ever overwritten.
             pinned = window = 0
         tokens = Tokens(index=jnp.zeros((batch, slots), jnp.int32), valid=jnp.zeros((batch, slots), bool))
         entries = {name: jnp.zeros((batch, slots, *shape), dtype) for name, shape in shapes.items()}
-        return cls(entries, tokens, jnp.zeros((batch,), jnp.int32), pinned, window)
+        cache = cls(entries, tokens, jnp.zeros((batch,), jnp.int32), pinned, window, axes=tuple((axes or {}).items()))
+        return dataclasses.replace(cache, entries=cache._placed(entries))
 
     @property
     def slots(self) -> int:
@@ -122,11 +128,19 @@ class SlotCache:
 
         return dataclasses.replace(
             self,
-            entries=jax.tree.map(put, self.entries, entries),
+            entries=self._placed(jax.tree.map(put, self.entries, self._placed(entries))),
             tokens=jax.tree.map(put, self.tokens, tokens),
             length=length,
             fresh=False,
         )
+
+    def _placed(self, entries: dict[str, Array]) -> dict[str, Array]:
+        """Entries [B, ., ...] laid out on the active mesh."""
+        axes = dict(self.axes)
+        return {
+            name: logical.constrain(entry, ("batch", None, *axes[name])) if name in axes else entry
+            for name, entry in entries.items()
+        }
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("state", "length"), meta_fields=("fresh",))

@@ -2,7 +2,8 @@
 
 A hook names a site inside every attention layer. An edit replaces the value there; a tap returns it through the
 auxiliary outputs under "tap/<site>". Sites: `layer_input` [B, T, D]; `query_raw` and `query` [B, T, H, D] before and
-after positions; `scores` and `probabilities` [B, H, T, S]; `heads` [B, T, H, Dv] before the output projection.
+after positions; `latent` [B, T, G, d] as it is cached, in layers that have latents; `scores` and `probabilities`
+[B, H, T, S]; `heads` [B, T, H, Dv] before the output projection.
 Without hooks nothing is computed and no bit changes.
 """
 
@@ -13,7 +14,7 @@ from jaxtyping import Array
 
 from kernels.tokens import Tokens
 
-SITES = ("layer_input", "query_raw", "query", "scores", "probabilities", "heads")
+SITES = ("layer_input", "query_raw", "query", "latent", "scores", "probabilities", "heads")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,12 @@ from layers.setting import Setting
 from sharding import logical
 
 
+def contracted(equation: str, *operands: Array) -> Array:
+    """`jnp.einsum` accumulated at least in float32, in the first operand's dtype."""
+    dtype = operands[0].dtype
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+
 class Linear(nnx.Module):
     """y = x W (+ b), W of shape [inputs, outputs].
 

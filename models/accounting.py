@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from layers.attention.contract import NOWHERE
+
 _OPTIMIZER_SLOTS = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1}
 
 
@@ -51,9 +53,12 @@ def account(
     length: int,
     batch: int = 1,
     optimizer: str = "adamw",
-    tensor_parallel: int = 1,
+    parts: Mapping[str, int] = NOWHERE,
 ) -> Account:
-    """The cost of `config.model` for a tokenizer of `vocab_size`, training on `batch` rows of `length` tokens."""
+    """The cost of `config.model` for a tokenizer of `vocab_size`, training on `batch` rows of `length` tokens.
+
+    `parts`: into how many pieces a mesh cuts logical axes (`sharding.Layout.parts`).
+    """
     from models import build
 
     config = {**config, "scan_layers": "always"}  # What a block keeps does not depend on how blocks are run.
@@ -70,7 +75,7 @@ def account(
             matrices = [leaf for leaf in jax.tree.leaves(nnx.state(block.mlp, nnx.Param)) if leaf.ndim == 3]  # Stacked.
             mlp = 2 * sum(leaf.size for leaf in matrices) // stack.repeats
             forward += stack.repeats * (block.attention.flops(length) / length + mlp)
-            cache += stack.repeats * block.attention.cache_bytes(length, itemsize, tensor_parallel) / length
+            cache += stack.repeats * block.attention.cache_bytes(length, itemsize, parts) / length
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     slots = _OPTIMIZER_SLOTS.get(optimizer, 2)
     return Account(

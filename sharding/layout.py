@@ -33,6 +33,11 @@ class Layout:
         """Whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
+    def parts(self) -> dict[str, int]:
+        """Into how many pieces each logical axis is cut while it is used."""
+        context = self._context()
+        return {name: context.parts(name) for name in self.rules}
+
     def param_shardings(self, abstract_state: Any) -> Any:
         """The tree of `abstract_state` with a `NamedSharding` in place of every array.
 

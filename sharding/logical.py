@@ -30,6 +30,9 @@ _FIELDS = {
     "mlp": "config.model.mlp.width",
     "vocab": "config.model.vocab_multiple",
     "latent": "the latent ranks of config.model.attention",
+    "slices": "config.model.attention.slices",
+    "slice_heads": "config.model.attention.heads",
+    "slice_head_parts": "config.model.attention.heads",
     "layers": "config.model.depth",
 }
 
@@ -251,16 +254,36 @@ def shard_kernel(function: Callable, in_axes: Sequence[Axes | None], out_axes: A
 def kv_repeat(heads: int, kv_heads: int) -> int:
     """How often each key/value head is repeated so that the heads axis splits them evenly; 1 when nothing is active.
 
-    The least factor r for which `kv_heads * r` divides over the axis and each device's query heads find exactly their
-    own key/value heads on it. `ShardingError` if the query heads themselves do not divide.
+    `ShardingError` if the query heads themselves do not divide.
     """
     context = active()
     parts = 1 if context is None else context.parts("heads")
-    if parts == 1:
-        return 1
     if heads % parts:
         raise ShardingError(context.indivisible("heads", heads, context.rule("heads").mesh_axes, "queries"))
+    return repeats(heads, kv_heads, parts)
+
+
+def repeats(heads: int, kv_heads: int, parts: int) -> int:
+    """The least factor r for which `kv_heads * r` divides over `parts` devices and each device's query heads find
+    exactly their own key/value heads on it."""
     return next(r for r in range(1, heads + 1) if kv_heads * r % parts == 0 and heads % (kv_heads * r) == 0)
+
+
+def parts(name: str) -> int:
+    """Into how many pieces the active mesh cuts this logical axis in use; 1 when nothing is active."""
+    context = active()
+    return 1 if context is None else context.parts(name)
+
+
+def mesh_axes(*names: str) -> tuple[str, ...]:
+    """The mesh axes that cut these logical axes in use, for collectives inside `shard_kernel`; () when nothing is
+    active. Call it outside the function that is sharded."""
+    context = active()
+    if context is None:
+        return ()
+    rules = [context.rule(name) for name in names]
+    found = [axis for rule in rules if not rule.stored for axis in context.cutting(rule)]
+    return tuple(dict.fromkeys(found))
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -123,7 +123,7 @@ class Watched(Attention):
     def flops(self, length: int) -> float:
         return 0.0
 
-    def cache_bytes(self, length: int, itemsize: int, tensor_parallel: int = 1) -> int:
+    def cache_bytes(self, length: int, itemsize: int, parts: Any = None) -> int:
         return 0
 
 

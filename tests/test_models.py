@@ -404,7 +404,7 @@ def test_cache_bytes_are_those_of_caches(variant):
 
 def test_tensor_parallelism_splits_what_heads_share():
     for variant, share in (("gqa", 0.5), ("mla", 1.0)):
-        one, two = (account(small(variant), tensor_parallel=parts).cache_bytes_per_token for parts in (1, 2))
+        one, two = (account(small(variant), parts={"heads": parts}).cache_bytes_per_token for parts in (1, 2))
         assert two == share * one
 
 

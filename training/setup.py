@@ -92,7 +92,7 @@ def account(config: ml_collections.ConfigDict, vocab_size: int, layout: Layout) 
         length=config.data.length,
         batch=config.data.batch_size,
         optimizer=config.optimizer.name,
-        tensor_parallel=layout.mesh.shape["model"],
+        parts=layout.parts(),
     )
 
 

@@ -1,6 +1,8 @@
 """The contract that every attention variant fulfils, and the registry that finds variants by name."""
 
 import abc
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -11,6 +13,9 @@ from kernels.tokens import Tokens
 from layers.cache import LayerCache
 from layers.hooks import Hooks
 from layers.setting import Setting
+
+#: No axis is cut.
+NOWHERE: Mapping[str, int] = MappingProxyType({})
 
 
 class AttentionOutput(NamedTuple):
@@ -67,8 +72,10 @@ class Attention(nnx.Module, abc.ABC):
         """Floating-point operations (2 per multiply-add) of matrix products in one forward pass over a row."""
 
     @abc.abstractmethod
-    def cache_bytes(self, length: int, itemsize: int, tensor_parallel: int = 1) -> int:
-        """Bytes remembered per row of `length` tokens on one device; entries have `itemsize` bytes per number."""
+    def cache_bytes(self, length: int, itemsize: int, parts: Mapping[str, int] = NOWHERE) -> int:
+        """Bytes remembered per row of `length` tokens on one device; entries have `itemsize` bytes per number.
+
+        `parts`: into how many pieces a mesh cuts logical axes ("heads" for one)."""
 
     def all_reduces(self) -> dict[int, int]:
         """Sums over devices in one forward pass under tensor parallelism, and no other communication: numbers per
@@ -103,4 +110,4 @@ def visible(mask: masks.Mask, keys: Tokens) -> masks.Mask:
     return mask if keys.valid is None else mask & masks.valid()
 
 
-__all__ = ["Attention", "AttentionOutput", "Setting", "register", "variants", "visible"]
+__all__ = ["NOWHERE", "Attention", "AttentionOutput", "Setting", "register", "variants", "visible"]

@@ -1,5 +1,6 @@
 """Lightning attention: causal linear attention with a fixed exponential decay per head."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 from kernels.lightning import cost, lightning_attention
 from kernels.lightning.decay import decay_rates
 from kernels.tokens import Tokens
-from layers.attention.contract import Attention, AttentionOutput, Setting, register
+from layers.attention.contract import NOWHERE, Attention, AttentionOutput, Setting, register
 from layers.cache import StateCache
 from layers.hooks import Hooks, LayerHooks
 from layers.linear import Linear
@@ -137,8 +138,8 @@ class LightningAttention(Attention):
         projections = 2 * length * (self.parameter_count() - phases)
         return projections + cost.flops(length, self.heads, self._key_dim, self.value_dim)
 
-    def cache_bytes(self, length: int, itemsize: int, tensor_parallel: int = 1) -> int:
-        return self.heads // tensor_parallel * self._key_dim * self.value_dim * 4  # The state is float32.
+    def cache_bytes(self, length: int, itemsize: int, parts: Mapping[str, int] = NOWHERE) -> int:
+        return self.heads // parts.get("heads", 1) * self._key_dim * self.value_dim * 4  # The state is float32.
 
     def all_reduces(self) -> dict[int, int]:
         return {self.setting.width: 1, 1: 1}  # The mean square of the output norm spans all heads.

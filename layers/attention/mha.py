@@ -1,5 +1,6 @@
 """Multi-head, grouped-query and multi-query attention, with windows, sink tokens and learned sinks."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,13 +9,14 @@ from jaxtyping import Array, Float
 
 from kernels.attention import cost, masks
 from kernels.tokens import Tokens
-from layers.attention.contract import Attention, AttentionOutput, Setting, register, visible
+from layers.attention.contract import NOWHERE, Attention, AttentionOutput, Setting, register, visible
 from layers.attention.softmax import attend
 from layers.cache import SlotCache
 from layers.hooks import Hooks, LayerHooks
 from layers.linear import Linear
 from layers.norm import Norm
 from layers.rope import Rope
+from sharding import logical
 
 
 @register("mha")
@@ -99,6 +101,7 @@ class MultiHeadAttention(Attention):
         k = self.rope.rotate(k, position)
         entries, keys, lengths = {"k": k, "v": v}, tokens, None
         if cache is not None:
+            entries = {name: jnp.repeat(x, self._copies, axis=2) for name, x in entries.items()}
             (entries, keys, lengths), cache = cache.append(entries, tokens)
         heads = attend(
             q,
@@ -118,9 +121,16 @@ class MultiHeadAttention(Attention):
         return AttentionOutput(out, cache, site.taken)
 
     def init_cache(self, batch: int, length: int, dtype: str) -> SlotCache:
-        shapes = {"k": (self.kv_heads, self.head_dim), "v": (self.kv_heads, self.value_dim)}
+        heads = self.kv_heads * self._copies
+        shapes = {"k": (heads, self.head_dim), "v": (heads, self.value_dim)}
+        axes = {"k": ("heads", None), "v": ("heads", None)}
         pinned = self.sink_tokens if self.window else 0
-        return SlotCache.create(batch, length, shapes, dtype, pinned=pinned, window=self.window)
+        return SlotCache.create(batch, length, shapes, dtype, axes=axes, pinned=pinned, window=self.window)
+
+    @property
+    def _copies(self) -> int:
+        """How often each key/value head is cached, so that every device of a mesh finds that of its query heads."""
+        return logical.kv_repeat(self.heads, self.kv_heads)
 
     def parameter_count(self) -> int:
         width, both = self.setting.width, self.head_dim + self.value_dim
@@ -138,7 +148,8 @@ class MultiHeadAttention(Attention):
         projections = 2 * length * self.setting.width * (self.heads + self.kv_heads) * both
         return projections + 2 * cost.pairs(self.mask, length) * self.heads * both
 
-    def cache_bytes(self, length: int, itemsize: int, tensor_parallel: int = 1) -> int:
+    def cache_bytes(self, length: int, itemsize: int, parts: Mapping[str, int] = NOWHERE) -> int:
         slots = min(length, self.window + self.sink_tokens) if self.window else length
-        heads = max(1, self.kv_heads // tensor_parallel)
+        devices = parts.get("heads", 1)
+        heads = self.kv_heads * logical.repeats(self.heads, self.kv_heads, devices) // devices
         return slots * heads * (self.head_dim + self.value_dim) * itemsize

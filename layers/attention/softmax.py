@@ -12,8 +12,6 @@ from kernels.tokens import Tokens
 from layers.hooks import LayerHooks, Tap
 from sharding import logical
 
-_QUERY = ("batch", "length", "heads", None)
-_KEY = ("batch", None, "heads", None)
 _KV = ("batch", None, "kv_heads", None)
 _TOKENS = ("batch", "length")
 #: The most new tokens at once that the decode op is made for.
@@ -35,12 +33,14 @@ def attend(
     sinks: Float[Array, "H"] | None = None,
     hooks: LayerHooks,
     implementation: str | None,
+    head_axis: str = "heads",
 ) -> Float[Array, "B T H Dv"]:
     """Output of every head before W_O; arguments as for `kernels.attention.attention`.
 
     `v` None: the values are the first `value_width` columns of the keys. `lengths`, from a cache's `View`, says what
     the mask says of a cache that is in order; then few queries go to the decode op, which reads no more than is there.
-    Under tensor parallelism key/value heads are repeated until they split as the query heads do.
+    Under tensor parallelism key/value heads are repeated until they split as the query heads do, which lie along the
+    logical `head_axis`.
     Hooks on scores or probabilities form the whole map; a tap on probabilities forms the rows it asks for.
     """
     shared: dict[str, Any] = dict(
@@ -57,7 +57,7 @@ def attend(
     free = implementation in (None, "xla", "reference")
     if lengths is not None and free and not watched and q.shape[1] <= _FEW:
         options = dict(value_width=value_width, soft_cap=soft_cap, scale=scale, implementation=implementation)
-        return _from_cache(q, k, v, lengths, sinks, options)
+        return _from_cache(q, k, v, lengths, sinks, options, head_axis)
     v = k[..., :value_width] if v is None else v
     if edited or (tap is not None and hooks.edits("scores")):  # Edits see the whole map, whatever is tapped of it.
         weights = hooks.edit("probabilities", probabilities(q, k, **shared), keys)
@@ -83,13 +83,15 @@ def attend(
         options = shared | dict(q_tokens=tokens, k_tokens=keys, sinks=sinks)
         return attention(q, k, v, **options, implementation=implementation)[0]
 
-    specs = (_QUERY, _KEY, _KEY, _TOKENS, ("batch", None), None if sinks is None else ("heads",))
-    return logical.shard_kernel(local, specs, _QUERY)(q, k, v, tokens, keys, sinks)
+    query, key = ("batch", "length", head_axis, None), ("batch", None, head_axis, None)
+    specs = (query, key, key, _TOKENS, ("batch", None), None if sinks is None else (head_axis,))
+    return logical.shard_kernel(local, specs, query)(q, k, v, tokens, keys, sinks)
 
 
 def _from_cache(
-    q: Array, k: Array, v: Array | None, lengths: Array, sinks: Array | None, options: dict[str, Any]
-) -> Array:
+    q: Array, k: Array, v: Array | None, lengths: Array, sinks: Array | None, options: dict[str, Any],
+    head_axis: str,
+) -> Array:  # fmt: skip
     """What `attend` gives, by the decode op."""
     repeats = logical.kv_repeat(q.shape[2], k.shape[2])
     if repeats > 1:
@@ -98,8 +100,9 @@ def _from_cache(
     def local(q, k, v, lengths, sinks):
         return decode.decode_attention(q, k, v, lengths, sinks=sinks, **options)[0]
 
-    specs = (_QUERY, _KEY, None if v is None else _KEY, ("batch",), None if sinks is None else ("heads",))
-    return logical.shard_kernel(local, specs, _QUERY)(q, k, v, lengths, sinks)
+    query, key = ("batch", "length", head_axis, None), ("batch", None, head_axis, None)
+    specs = (query, key, None if v is None else key, ("batch",), None if sinks is None else (head_axis,))
+    return logical.shard_kernel(local, specs, query)(q, k, v, lengths, sinks)
 
 
 def _chosen(tap: Tap) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ SMALL = {
     "head_dim": 6,
     "window": lambda value: 5 if value else 0,
     "sink_tokens": lambda value: 2 if value else 0,
-    "kv_lora_rank": 10,
+    "kv_lora_rank": lambda value: 10 if value == 64 else 5,  # GLA's is half of MLA's.
     "qk_nope_head_dim": 6,
     "qk_rope_head_dim": 4,
     "v_head_dim": 5,
@@ -84,6 +84,10 @@ EXTRA = (
     Case("mha-every-option", "mha", (("qk_norm", True), ("learned_sinks", True), ("soft_cap", 3.0), ("value_dim", 5),
          ("qkv_bias", True), ("out_bias", True))),
     Case("mla-q-lora-yarn", "mla", (("q_lora_rank", 12), ("rope", YARN))),
+    Case("tpla-scatter-q-lora-yarn", "tpla", (("out_mode", "scatter_heads"), ("q_lora_rank", 12), ("rope", YARN))),
+    Case("tpla-norm-only", "tpla", (("softmax", "whole"),)),
+    Case("tpla-no-norm", "tpla", (("latent_norm", "none"),)),
+    Case("tpla-softmax-only", "tpla", (("norm", "whole"), ("slices", 5))),
     Case("lightning-lrpe", "lightning", (("lrpe", True), ("value_dim", 5))),
     Case("lightning-paper-ungated", "lightning", (("decay", "paper"), ("activation", "elu1"), ("gate", False))),
 )  # fmt: skip
