@@ -5,6 +5,7 @@
     python eval.py --model=mla --tasks=mqar --params=mqar.steps=400     a probe of an attention; no run needed
     python eval.py ls tasks
     python eval.py report runs/gqa runs/mla --output=report.html
+    python eval.py --claim=tpla                                         a published claim, tried at small scale
 
 Flags and files follow lm-evaluation-harness. Results go to --output, by default to <run>/eval.
 """
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from evaluation import Results
 
 
+OF_CLAIMS = ("claim", "smoke", "params", "output_path", "config")  # The flags that --claim may have beside it.
+
+
 class Parser(argparse.ArgumentParser):
     """Mistakes as one line that names the nearest flag."""
 
@@ -32,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             word = message.removeprefix("unrecognized arguments: ").split()[0]
             if not word.startswith("-"):
-                raise ConfigError(f"unexpected argument {word!r}: flags begin with --, or begin with `ls` or `report`")
+                raise ConfigError(f"unexpected argument {word!r}: begin with --, `ls`, `report` or `claims`")
             known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
             raise ConfigError(unknown("flag", word.partition("=")[0], known))
         raise ConfigError(message)
@@ -82,6 +86,8 @@ def parser() -> Parser:
     add("--apply_chat_template", action="store_true", help="only for tokenizers that have one")
     add("--use_cache", "-c", default="", metavar="DIR", help="keep results of tasks, and do finished tasks only once")
     add("--include_path", default="", metavar="DIR", help="a folder with further tasks")
+    add("--claim", default="", metavar="SLUG", help="measure a published claim (see `ls claims`); nothing else")
+    add("--smoke", action="store_true", help="with --claim: as small as can be, to see that it works")
     add(
         "--config",
         "-C",
@@ -98,9 +104,11 @@ def main(argv: Sequence[str]) -> int:
         return listing(list(argv[1:]))
     if argv and argv[0] == "report":
         return reporting(list(argv[1:]))
+    if argv and argv[0] == "claims":
+        return refresh_claims(list(argv[1:]))
     options = read_options(argv)
     with told():
-        return evaluate(options)
+        return measure_claim(options) if options.claim else evaluate(options)
 
 
 def read_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -126,6 +134,15 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
             **{name: str(v) if isinstance(flags.get_default(name), str) else v for name, v in values.items()}
         )
         given = flags.parse_args(argv)
+    if given.claim:
+        untouched = vars(parser().parse_args([]))  # Not the defaults of `flags`, which a file may have set.
+        stray = [name for name, value in vars(given).items() if name not in OF_CLAIMS and value != untouched[name]]
+        if stray:
+            hint = f": give --params={given.claim}.seeds=..." if stray[0] == "seed" else ""
+            raise ConfigError(f"--claim and --{stray[0]} exclude each other{hint}")
+        return given
+    if given.smoke:
+        raise ConfigError("--smoke needs a --claim")
     if not given.run and not given.model:
         raise ConfigError("nothing to evaluate: give --run=DIR, or --model=NAME for an untrained model")
     if given.run and (given.model or given.model_args):
@@ -166,18 +183,23 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def listing(argv: Sequence[str]) -> int:
-    """`ls tasks`: every task with what it does; `ls tasks --include_path=DIR` with those of a folder."""
+    """`ls tasks`: every task with what it does, with --include_path=DIR also those of a folder; `ls claims`."""
     from rich.console import Console
 
     from evaluation import tasks
 
     flags = Parser(prog="eval.py ls", allow_abbrev=False)
-    flags.add_argument("what", choices=("tasks", "groups"))
+    flags.add_argument("what", choices=("tasks", "groups", "claims"))
     flags.add_argument("--include_path", default="")
     options = flags.parse_args(argv)
     if options.include_path:
         tasks.include(options.include_path)
     console = Console(highlight=False, soft_wrap=True)
+    if options.what == "claims":
+        from evaluation.claims import program
+
+        program.listing(console)
+        return 0
     if options.what == "groups":
         for group, members in tasks.groups().items():
             console.print(f"[bold]{group:<18}[/bold]{', '.join(members)}")
@@ -204,6 +226,33 @@ def reporting(argv: Sequence[str]) -> int:
         )
         print(f"report: {report.write(runs, target)}")
     return 0
+
+
+def measure_claim(options: argparse.Namespace) -> int:
+    """Measures the claim --claim names; what it has to train goes through the loop of train.py."""
+    from evaluation.claims import program
+
+    def trained(config: Any) -> Any:
+        import train
+        from training import load_run
+
+        result = train.run(config)
+        if result.stopped:
+            raise program.Stopped(result.stopped)
+        return load_run(result.run_dir)
+
+    return program.measure(options.claim, _params(options), trained, smoke=options.smoke, output=options.output_path)
+
+
+def refresh_claims(argv: Sequence[str]) -> int:
+    """`claims`: judges and describes every recorded claim anew, without measuring; `--check` tells if that is due."""
+    flags = Parser(prog="eval.py claims", allow_abbrev=False)
+    flags.add_argument("--check", action="store_true", help="write nothing; status 1 if something is not up to date")
+    flags.add_argument("--draw", action="store_true", help="every picture too")
+    options = flags.parse_args(argv)
+    from evaluation.claims import program
+
+    return program.refresh(check=options.check, draw=options.draw)
 
 
 @contextlib.contextmanager
@@ -299,6 +348,22 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     seed = options.seed.split(",")[0]
     if not seed.isdecimal():
         raise ConfigError(f"--seed must be a whole number of 0 or more, got {options.seed!r}")
+    return {
+        "limit": options.limit,
+        "batch_size": batch_size,
+        "length": options.length,
+        "seed": int(seed),
+        "params": _params(options),
+        "bootstrap_iterations": options.bootstrap_iters,
+        "generation": {name: _number(value) for name, value in _pairs("--gen_kwargs", options.gen_kwargs).items()},
+        "system": options.system_instruction,
+        "picked": _picked(options.samples),
+        "predict_only": options.predict_only,
+    }
+
+
+def _params(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Parameters by the task or claim whose they are."""
     params: dict[str, dict[str, str]] = {}
     for text in options.params:
         for name, value in _pairs("--params", text).items():
@@ -308,18 +373,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
                     f"--params needs the task's name before a dot, as in heldout.max_tokens=0, got {name!r}"
                 )
             params.setdefault(task, {})[parameter] = value
-    return {
-        "limit": options.limit,
-        "batch_size": batch_size,
-        "length": options.length,
-        "seed": int(seed),
-        "params": params,
-        "bootstrap_iterations": options.bootstrap_iters,
-        "generation": {name: _number(value) for name, value in _pairs("--gen_kwargs", options.gen_kwargs).items()},
-        "system": options.system_instruction,
-        "picked": _picked(options.samples),
-        "predict_only": options.predict_only,
-    }
+    return params
 
 
 def _picked(text: str) -> dict[str, list[int]]:

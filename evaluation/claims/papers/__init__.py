@@ -1,0 +1,1 @@
+"""One file per published claim: `x_y.py` holds `CLAIM = Claim("x-y", ...)`."""
