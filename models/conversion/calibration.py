@@ -1,6 +1,7 @@
 """What a network's latents are like on some text: their second moments, and how well slices of them predict logits."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -21,7 +22,7 @@ class Moments:
     """Sums over tokens of one layer's latent as it is cached."""
 
     count: int
-    total: Float[np.ndarray, "d"]
+    total: Float[np.ndarray, " d"]
     squares: Float[np.ndarray, "d d"]
 
     def second(self, center: bool) -> Float[np.ndarray, "d d"]:
@@ -34,14 +35,18 @@ def tapped(
     model: DecoderLM, ids: Int[np.ndarray, "N T"], sites: Sequence[str], progress: Callable[[int, int], None] | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """What layers return at `sites` for a few rows at a time: "tap/<site>/<layer>" -> [rows, T, ...]."""
-    hooks = Hooks(taps={site: Tap() for site in sites})
     definition, state = nnx.split(model)
-    run = jax.jit(lambda state, ids: nnx.merge(definition, state)(ids, None, None, hooks).aux)
     for first in range(0, len(ids), _ROWS_AT_ONCE):
-        aux = run(state, jnp.asarray(ids[first : first + _ROWS_AT_ONCE]))
+        aux = _taps(definition, tuple(sites), state, jnp.asarray(ids[first : first + _ROWS_AT_ONCE]))
         yield {key: np.asarray(value) for key, value in aux.items() if key.startswith("tap/")}
         if progress is not None:
             progress(min(first + _ROWS_AT_ONCE, len(ids)), len(ids))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # Networks of one structure share what is compiled.
+def _taps(definition: nnx.GraphDef, sites: tuple[str, ...], state: nnx.State, ids: jax.Array) -> dict[str, jax.Array]:
+    hooks = Hooks(taps={site: Tap() for site in sites})
+    return nnx.merge(definition, state)(ids, None, None, hooks).aux
 
 
 def moments(
@@ -65,7 +70,7 @@ def moments(
 
 
 def normalised_slices(
-    latent: Float[np.ndarray, "T d"], factors: Float[np.ndarray, "g"], epsilon: float
+    latent: Float[np.ndarray, "T d"], factors: Float[np.ndarray, " g"], epsilon: float
 ) -> Float[np.ndarray, "T d"]:
     """Latents that the whole norm has normalised, as the norm of each slice would have them.
 
@@ -74,9 +79,12 @@ def normalised_slices(
     """
     width = latent.shape[-1]
     share = np.maximum(1 - np.mean(latent**2, axis=-1, keepdims=True), epsilon * 1e-3)
+
+    def normalised(part: np.ndarray, factor: float) -> np.ndarray:
+        return part / np.sqrt(factor / width * np.sum(part**2, axis=-1, keepdims=True) + share)
+
     slices = np.split(latent, len(factors), axis=-1)
-    squares = [factor / width * np.sum(part**2, axis=-1, keepdims=True) for factor, part in zip(factors, slices, strict=True)]
-    return np.concatenate([part / np.sqrt(square + share) for part, square in zip(slices, squares, strict=True)], axis=-1)
+    return np.concatenate([normalised(*each) for each in zip(slices, factors, strict=True)], axis=-1)
 
 
 def least_squares_factors(
@@ -85,7 +93,7 @@ def least_squares_factors(
     local: Float[np.ndarray, "T d"],
     weights: LatentWeights,
     slices: int,
-) -> tuple[Float[np.ndarray, "g"], Float[np.ndarray, "g"]]:
+) -> tuple[Float[np.ndarray, " g"], Float[np.ndarray, " g"]]:
     """Over one row of text: for each slice, the sums of (whole logit x slice's logit) and of (slice's logit)^2.
 
     Whole logits are those of `content` queries with the `latent`, a slice's those with its channels of `local`; both

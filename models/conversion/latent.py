@@ -27,7 +27,7 @@ class LatentWeights:
     """
 
     down: Float[np.ndarray, "D d"]
-    gain: Float[np.ndarray, "d"] | None
+    gain: Float[np.ndarray, " d"] | None
     key_up: Float[np.ndarray, "d h n"]
     value_up: Float[np.ndarray, "d h v"]
 
@@ -55,9 +55,7 @@ def weights_of(arrays: dict[str, Any], prefix: str, layer: int, heads: int) -> L
 
     gain = get("latent_norm.gain") if f"{prefix}.latent_norm.gain" in arrays else None
     down, key_up, value_up = get("latent.weight"), get("key_up.weight"), get("value_up.weight")
-    return LatentWeights(
-        down, gain, key_up.reshape(len(key_up), heads, -1), value_up.reshape(len(value_up), heads, -1)
-    )
+    return LatentWeights(down, gain, key_up.reshape(len(key_up), heads, -1), value_up.reshape(len(value_up), heads, -1))
 
 
 def store(weights: LatentWeights, arrays: dict[str, Any], prefix: str, layer: int) -> None:

@@ -1,7 +1,7 @@
 """What each stage of a conversion cost: the distance of its logits from the original's, and its perplexity."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -67,19 +67,18 @@ def log_probabilities(model: DecoderLM, ids: Int[np.ndarray, "N T"], *, split: i
     `split`: so many first tokens are a prompt that fills caches, and the others attend to these; 0 is one full pass.
     """
     definition, state = nnx.split(model)
+    rows = [jnp.asarray(ids[i : i + _ROWS_AT_ONCE]) for i in range(0, len(ids), _ROWS_AT_ONCE)]
+    return np.concatenate([np.asarray(_log_probabilities(definition, split, state, some)) for some in rows])
 
-    @jax.jit
-    def run(state: nnx.State, ids: jax.Array) -> jax.Array:
-        model = nnx.merge(definition, state)
-        if not split:
-            return jax.nn.log_softmax(model(ids).logits[:, :-1, : model.vocab_size])
-        caches = model.init_caches(*ids.shape)
-        prompt, caches, _ = model(ids[:, :split], sequence(split), caches)
-        rest, _, _ = model(ids[:, split:], None, caches)
-        return jax.nn.log_softmax(jnp.concatenate([prompt, rest], axis=1)[:, :-1, : model.vocab_size])
 
-    pieces = [run(state, jnp.asarray(ids[i : i + _ROWS_AT_ONCE])) for i in range(0, len(ids), _ROWS_AT_ONCE)]
-    return np.concatenate([np.asarray(piece) for piece in pieces])
+@functools.partial(jax.jit, static_argnums=(0, 1))  # Networks of one structure share what is compiled.
+def _log_probabilities(definition: nnx.GraphDef, split: int, state: nnx.State, ids: jax.Array) -> jax.Array:
+    model = nnx.merge(definition, state)
+    if not split:
+        return jax.nn.log_softmax(model(ids).logits[:, :-1, : model.vocab_size])
+    prompt, caches, _ = model(ids[:, :split], sequence(split), model.init_caches(*ids.shape))
+    rest, _, _ = model(ids[:, split:], None, caches)
+    return jax.nn.log_softmax(jnp.concatenate([prompt, rest], axis=1)[:, :-1, : model.vocab_size])
 
 
 def measured(
@@ -100,8 +99,3 @@ def measured(
 def plain(report: Report) -> dict[str, object]:
     """The report as JSON holds it."""
     return dataclasses.asdict(report)
-
-
-def mean_by_layer(rows: Sequence[Sequence[float]]) -> list[float]:
-    """The mean over layers of per-layer lists of one length."""
-    return np.mean(np.asarray(rows, np.float64), axis=0).tolist()

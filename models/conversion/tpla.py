@@ -1,4 +1,4 @@
-"""MLA -> TPLA: fold the norm's gain, rotate the latent, set each slice's factors (arXiv 2508.15881, sections 3 and 4)."""
+"""MLA -> TPLA (arXiv 2508.15881, sections 3, 4): fold the norm's gain, rotate the latent, set each slice's factors."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -63,7 +63,7 @@ def convert_to_tpla(
     the latents of `calibration_ids`, largest first, about their mean if `pca_center`), all in float64 and cast back
     once. Up to here the function is the same. Then the layer becomes that of `mode`:
 
-    - "mla_tp": MLA, which tensor parallelism holds whole on every device; "sequence": MLA with the cache split by tokens.
+    - "mla_tp": MLA, which tensor parallelism holds whole on every device; "sequence": its cache split by tokens.
     - "tpla", "tpla_norm_only", "tpla_softmax_only", "tpla_pd", "score_sum": `layers.attention.tpla.MODES`; `norm`
       ("slice", "whole") overrides the mode's.
     - "gla": head group j reads slice j alone.
@@ -78,8 +78,12 @@ def convert_to_tpla(
     Raises `ConversionError`: layers that are not MLA, sizes that do not divide, a Hadamard rotation of a width that is
     no power of two, no calibration text where it is needed, or fewer tokens than the latent has channels.
     """
-    for name, value, known in (("mode", mode, MODES), ("transform", transform, TRANSFORMS),
-                               ("logit_factor", logit_factor, LOGIT_FACTORS), ("norm_factor", norm_factor, NORM_FACTORS)):  # fmt: skip
+    for name, value, known in (
+        ("mode", mode, MODES),
+        ("transform", transform, TRANSFORMS),
+        ("logit_factor", logit_factor, LOGIT_FACTORS),
+        ("norm_factor", norm_factor, NORM_FACTORS),
+    ):
         if value not in known:
             raise ConversionError(unknown(name, value, known))
     config = _plain(config)
@@ -90,7 +94,9 @@ def convert_to_tpla(
     fitted = sliced and logit_factor == "lsq" and slices > 1
     measured = transform == "pca" or fitted or logit_factor in ("energy", "inv_energy") or norm_factor == "inv_energy"
     if (measured and calibration_ids is None) or (fitted and not len(calibration_ids[:logit_rows])):
-        raise ConversionError(f"transform={transform!r} with logit_factor={logit_factor!r} needs calibration_ids: [rows, length] of text")
+        raise ConversionError(
+            f"transform={transform!r} with logit_factor={logit_factor!r} needs calibration_ids: [rows, length] of text"
+        )
 
     source = _arrays(model)
     folded = {layer: _weights(source, specs, place, layer).folded() for layer, place in places.items()}
@@ -135,7 +141,7 @@ def convert_to_tpla(
         original = report.log_probabilities(model, report_ids)
         kinds = [("original", model), ("gain folded", plain_model), ("rotated", turned)]
         if mode in ("tpla", "tpla_pd") and slices > 1:
-            kinds += [(f"{name[5:].replace('_', ' ')}", made(name)[0]) for name in ("tpla_norm_only", "tpla_softmax_only")]
+            kinds += [(name, made(name)[0]) for name in ("tpla_norm_only", "tpla_softmax_only")]
         for name, one in [*kinds, (mode, result)]:
             last = one is result
             logs = report.log_probabilities(one, report_ids, split=split if last else 0)
@@ -171,18 +177,18 @@ def _rotation(
     return latent.hadamard(width, rng) if transform == "hadamard" else latent.principal(found.second(center))
 
 
-def _shares(rotation: Float[np.ndarray, "d d"], found: calibration.Moments) -> Float[np.ndarray, "d"]:
+def _shares(rotation: Float[np.ndarray, "d d"], found: calibration.Moments) -> Float[np.ndarray, " d"]:
     """Each rotated channel's share of the mean square."""
     squares = np.maximum(np.einsum("ce,cd,de->e", rotation, found.second(False), rotation), 0)
     return squares / squares.sum()
 
 
-def _norm_factors(energies: np.ndarray | None, slices: int, balanced: bool) -> Float[np.ndarray, "g"]:
+def _norm_factors(energies: np.ndarray | None, slices: int, balanced: bool) -> Float[np.ndarray, " g"]:
     # A slice without energy has nothing to normalise; its factor must only be finite.
     return np.full(slices, float(slices)) if balanced or energies is None else 1 / np.maximum(energies, 1e-6)
 
 
-def _logit_factors(kind: str, energies: np.ndarray | None, slices: int) -> Float[np.ndarray, "g"]:
+def _logit_factors(kind: str, energies: np.ndarray | None, slices: int) -> Float[np.ndarray, " g"]:
     if kind in ("one", "lsq") or energies is None:
         return np.ones(slices)
     return energies if kind == "energy" else np.minimum(1 / np.maximum(energies, 1e-6), _CAP)
@@ -195,7 +201,7 @@ def _fitted(
     specs: list[dict],
     alphas: dict[int, np.ndarray] | None,
     slices: int,
-) -> dict[int, Float[np.ndarray, "g"]]:
+) -> dict[int, Float[np.ndarray, " g"]]:
     """mu by least squares; `alphas` None: with latents as the whole norm leaves them."""
     sums = {layer: np.zeros((2, slices)) for layer in weights}
     for taps in calibration.tapped(model, rows, ("latent", "query_raw"), None):
@@ -254,7 +260,8 @@ def _new_config(config: dict[str, Any], mode: str, slices: int, changes: dict[st
             return options
         if mode == "gla":
             return options | dict(latents=slices, kv_lora_rank=options["kv_lora_rank"] // slices)
-        name, own = ("mla_sequence", dict(parts=slices)) if mode == "sequence" else ("tpla", dict(changes, slices=slices))
+        sequence = mode == "sequence"
+        name, own = ("mla_sequence", dict(parts=slices)) if sequence else ("tpla", dict(changes, slices=slices))
         wanted = presets.get(name).to_dict()
         return wanted | {field: value for field, value in options.items() if field in wanted} | own | {"layer": name}
 
