@@ -17,6 +17,19 @@ from kernels.varying import alike
 _CAPABILITIES = {"H100": 90, "H200": 90, "GH200": 90, "H20": 90, "A100": 80, "L40": 89, "B200": 100, "B300": 103}
 
 
+_SHARED_MEMORY = {"A100": 163, "H100": 227, "H200": 227, "H20": 227, "B200": 227, "B300": 227}  # KiB; others 99.
+
+
+def shared_memory(kind: str) -> int:
+    """Bytes of shared memory that one block may use on a GPU of this kind."""
+    return next((size for name, size in _SHARED_MEMORY.items() if name in kind), 99) << 10
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 @functools.cache
 def available() -> str | None:
     """None where Triton kernels can be built here, else what is missing, in one line."""

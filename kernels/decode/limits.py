@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from kernels import _triton
 from kernels.platform import device_kind, not_hopper
 
-_SHARED_MEMORY = {"A100": 163, "H100": 227, "H200": 227, "H20": 227, "B200": 227, "B300": 227}  # KiB; others 99.
 #: Places of the cache per step of the XLA form.
 XLA_BLOCK = 512
 #: Entries of a block table that fit a TPU's scalar memory beside all else.
@@ -135,13 +134,13 @@ def triton_sizes(rows: int, width: int, value_width: int, shared: bool, itemsize
     """Blocks of about 40 KiB, of which two under way keep the memory of a Hopper busy, and up to 64 rows, as far as the
     shared memory of this kind of device goes; None where it does not hold 16."""
     main = max(16, 1 << (width.bit_length() - 1))
-    rest = 0 if width <= main else max(16, _power(width - main))
-    values = max(16, _power(value_width))
+    rest = 0 if width <= main else max(16, _triton.power_of_two(width - main))
+    values = max(16, _triton.power_of_two(value_width))
     place = itemsize * (main + rest + (0 if shared and value_width == main else values))
     block = min(max(16, 1 << ((40960 // place).bit_length() - 1)), 128)
-    memory = next((size for name, size in _SHARED_MEMORY.items() if name in kind), 99) << 10
+    memory = _triton.shared_memory(kind)
     stages = 3 if memory > 128 << 10 else 2
-    tile = min(max(16, _power(rows)), 64)
+    tile = min(max(16, _triton.power_of_two(rows)), 64)
     # A block is being read from shared memory while the next come; wgmma, from 64 rows on, reads one more.
     while tile * (main + rest) * itemsize + (stages - (tile < 64)) * block * place > memory:
         tile //= 2
@@ -168,9 +167,5 @@ def hopper_sizes(width: int, value_width: int, shared: bool, page: int) -> Hoppe
     groups = 1 if value_width <= 256 else 2
     row = 2 * (width + (0 if shared else value_width))
     block = 128 if row <= 512 and page % 128 == 0 else 64
-    stages = min(4, (_SHARED_MEMORY["H100"] * 1024 - 2048 - 128 * width) // (block * row))
+    stages = min(4, (_triton.shared_memory("H100") - 2048 - 128 * width) // (block * row))
     return HopperSizes(groups, block, max(1, block // page) if page else 1, stages) if stages >= 2 else None
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -74,7 +74,7 @@ def decode(call: Call, inputs: Inputs) -> tuple[Float[Array, "B T H Dv"], Float[
     if splits == 1:
         return out[:, :, :, 0], lse[:, :, :, 0]
     return _triton.call(
-        _combine,
+        combine_parts,
         out,
         lse,
         out_shape=(result((*shape[:3], call.value_width), q.dtype, out), result(shape[:3], jnp.float32, out)),
@@ -159,10 +159,10 @@ def _attend(
                 token = batch * SLOTS + place
             token = (token * KV_HEADS + head)[:, None]
 
-            k = _load(k_ptr + token * WIDTH + column, seen, column < WIDTH, BORDER, WIDTH < MAIN)
+            k = load(k_ptr + token * WIDTH + column, seen, column < WIDTH, BORDER, WIDTH < MAIN)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if REST > 0:
-                k_rest = _load(k_ptr + token * WIDTH + rest, seen, rest < WIDTH, BORDER, WIDTH < MAIN + REST)
+                k_rest = load(k_ptr + token * WIDTH + rest, seen, rest < WIDTH, BORDER, WIDTH < MAIN + REST)
                 s += tl.dot(q_rest, tl.trans(k_rest), input_precision=PRECISION)
             if SOFT_CAP > 0:  # tanh x = 1 - 2 / (exp(2 x) + 1).
                 s = SOFT_CAP * _LOG2E * (1 - 2 / (tl.exp2(s * (2 * SCALE / SOFT_CAP * _LOG2E)) + 1))
@@ -174,7 +174,7 @@ def _attend(
             if SHARED:
                 v = k
             else:
-                v = _load(v_ptr + token * VALUE_ROW + value, seen, value < VALUE_WIDTH, BORDER, VALUE_WIDTH < VALUES)
+                v = load(v_ptr + token * VALUE_ROW + value, seen, value < VALUE_WIDTH, BORDER, VALUE_WIDTH < VALUES)
 
             higher = tl.maximum(top, tl.max(s, 1))
             level = tl.where(higher == -float("inf"), 0.0, higher)
@@ -198,7 +198,7 @@ def _attend(
 
 
 @triton.jit
-def _load(pointers, seen, inside, BORDER: tl.constexpr, PADDED: tl.constexpr):
+def load(pointers, seen, inside, BORDER: tl.constexpr, PADDED: tl.constexpr):
     """A tile of a cache; zeros where it is not to be looked at, or beyond its width."""
     if BORDER:
         return tl.load(pointers, mask=seen[:, None] & inside[None, :], other=0)
@@ -208,7 +208,7 @@ def _load(pointers, seen, inside, BORDER: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _combine(
+def combine_parts(
     parts_ptr, lses_ptr, out_ptr, lse_ptr,
     SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, VALUE_WIDTH: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
