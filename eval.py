@@ -102,6 +102,11 @@ def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     if argv and argv[0] == "ls":
         return listing(list(argv[1:]))
+    if argv and argv[0] == "convert":
+        from training import converting
+
+        with told():
+            return converting.main(list(argv[1:]))
     if argv and argv[0] == "report":
         return reporting(list(argv[1:]))
     if argv and argv[0] == "claims":

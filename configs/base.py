@@ -80,9 +80,14 @@ def data() -> ml_collections.ConfigDict:
 def objective() -> ml_collections.ConfigDict:
     """The loss, by registered name."""
     config = ml_collections.ConfigDict()
-    config.name = "next_token"
-    config.z_loss = 0.0  # Weight of mean(logsumexp(logits)^2).
-    config.label_smoothing = 0.0
+    config.name = "next_token"  # next_token | distillation | layerwise.
+    config.z_loss = 0.0  # next_token: weight of mean(logsumexp(logits)^2).
+    config.label_smoothing = 0.0  # next_token.
+    config.teacher = ""  # distillation, layerwise: the run folder of the network to learn from.
+    config.divergence = 1.0  # distillation: weight of KL(teacher || model).
+    config.cross_entropy = 0.0  # distillation: weight of the text's own cross-entropy.
+    config.temperature = 1.0  # distillation: logits of both are divided by it.
+    config.layer_inputs = "teacher"  # layerwise: what a block is given, the teacher's hidden states or its own.
     return config
 
 

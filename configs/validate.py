@@ -99,6 +99,12 @@ def _objective(rules: Rules) -> None:
     rules.text("name", empty=False)
     rules.number("z_loss", least=0)
     rules.number("label_smoothing", least=0, under=1)
+    rules.path("teacher")
+    rules.number("divergence", "cross_entropy", least=0)
+    rules.number("temperature", above=0)
+    rules.one_of("layer_inputs", ("teacher", "own"))
+    if rules["name"] in ("distillation", "layerwise") and not rules["teacher"]:
+        rules.fail("teacher", f"must be a run folder for the objective {rules['name']}")
 
 
 def _optimizer(rules: Rules) -> None:

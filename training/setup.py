@@ -55,9 +55,10 @@ def build(config: ml_collections.ConfigDict, structure: Structure, layout: Layou
     options = config.optimizer
     rate = optimizers.schedule(options, config.train.steps)
     optimizer = optimizers.build(options, rate, structure.axes)
+    objective = objectives.get(config.objective.name)(config.objective, layout)
     one = step.build(
         structure,
-        objectives.get(config.objective.name)(config.objective),
+        objective,
         gradient_rules.get(options.gradient_rule)(options),
         optimizer,
         rate,
@@ -71,12 +72,14 @@ def build(config: ml_collections.ConfigDict, structure: Structure, layout: Layou
     shapes = jax.eval_shape(create, jax.random.key(config.seed))
     places = layout.like(shapes, structure.abstract_params)
     abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    compiled = jax.jit(one, donate_argnums=0, out_shardings=(places, layout.replicated()))
+    frozen = getattr(objective, "frozen", None)
     return Training(
         structure=structure,
         layout=layout,
         abstract=abstract,
         init=jax.jit(create, out_shardings=places),
-        step=jax.jit(one, donate_argnums=0, out_shardings=(places, layout.replicated())),
+        step=compiled if frozen is None else (lambda state, batch: compiled(state, batch, frozen)),
         leaves=step.leaves(shapes.params),
         flops_per_token=functools.cache(lambda: account(config, tokenizer.vocab_size, layout).training_flops_per_token),
     )

@@ -1,6 +1,7 @@
 """One step of training: a pure function from (state, batch) to (state, report)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,16 +49,18 @@ def build(
     rate: Schedule,
     options: ml_collections.ConfigDict,
     layout: Layout,
-) -> Callable[[State, Batch], tuple[State, Report]]:
-    """The step, not yet compiled; `options` is `config.optimizer`.
+) -> Callable[..., tuple[State, Report]]:
+    """The step, not yet compiled; `options` is `config.optimizer`. It takes a state, a batch and, where the objective
+    has them, its `frozen` arrays.
 
     A loss or gradient that is not finite leaves the state as it was, and raises `halted` in it so that the steps
     already under way do no harm either: the loop reads reports one step late.
     """
 
-    def step(state: State, batch: Batch) -> tuple[State, Report]:
+    def step(state: State, batch: Batch, frozen: Any = None) -> tuple[State, Report]:
+        loss = objective if frozen is None else functools.partial(objective, frozen=frozen)
         with layout.activate():
-            value_and_grad = accumulated(differentiated(structure, objective), state.rest, options.accumulate)
+            value_and_grad = accumulated(differentiated(structure, loss), state.rest, options.accumulate)
             rng = jax.random.fold_in(state.rng, state.step)
             (loss, (metrics, rest)), gradients = rule(value_and_grad, state.params, batch, rng)
         squares = {name: jnp.sum(jnp.square(g.astype(jnp.float32))) for name, g in gradients.items()}

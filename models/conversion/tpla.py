@@ -100,7 +100,7 @@ def convert_to_tpla(
 
     source = _arrays(model)
     folded = {layer: _weights(source, specs, place, layer).folded() for layer, place in places.items()}
-    plain_model = _with(model, config, source, folded, places)
+    plain_model = _with(model, None, source, folded, places)
     told = None if progress is None else (lambda done, total: progress("latents", done, total))
     found = calibration.moments(plain_model, calibration_ids, list(places), told) if measured else {}
     rotated, energies, spectra = {}, {}, {}
@@ -121,7 +121,7 @@ def convert_to_tpla(
     alphas = {layer: _norm_factors(energies.get(layer), slices, balanced) for layer in places}
     whole = options.get("norm") == "whole" or options.get("prefill") == "whole"  # What most of the cache will hold.
     rows = None if calibration_ids is None else calibration_ids[:logit_rows]
-    turned = _with(model, config, source, rotated, places)
+    turned = _with(model, None, source, rotated, places)
     if fitted:
         mus = _fitted(turned, rows, rotated, specs, None if whole else alphas, slices)
     else:
@@ -237,7 +237,8 @@ def _converted(
         for layer, (prefix, row) in places.items():
             for name, factors in (("norm_factor", alphas), ("logit_factor", mus)):
                 constants.setdefault(f"{prefix}.{name}", {})[row] = factors[layer]
-    return _with(model, new_config, source, weights, places, constants), new_config
+    same = None if new_config == config else new_config
+    return _with(model, same, source, weights, places, constants), new_config
 
 
 def _grouped(own: LatentWeights, alpha: np.ndarray, mu: np.ndarray) -> LatentWeights:
@@ -300,15 +301,16 @@ def _name(path: tuple) -> str:
 
 def _with(
     model: DecoderLM,
-    config: dict[str, Any],
+    config: dict[str, Any] | None,
     source: dict[str, np.ndarray],
     weights: dict[int, LatentWeights],
     places: dict[int, tuple[str, int]],
     constants: dict[str, dict[int, np.ndarray]] | None = None,
 ) -> DecoderLM:
-    """The network of `config` with the arrays of `source`, the layers' `weights` and constants put in."""
-    abstract = nnx.eval_shape(lambda: build(config, vocab_size=model.vocab_size, rngs=nnx.Rngs(0)))
-    definition, state = nnx.split(abstract)
+    """The network of `config` (None: like `model`) with the arrays of `source`, the layers' `weights` and constants."""
+    if config is not None:
+        model = nnx.eval_shape(lambda: build(config, vocab_size=model.vocab_size, rngs=nnx.Rngs(0)))
+    definition, state = nnx.split(model)
     pure = nnx.to_pure_dict(state)
     leaves, tree = jax.tree_util.tree_flatten_with_path(pure)
     arrays = {}

@@ -85,9 +85,6 @@ EXTRA = (
          ("qkv_bias", True), ("out_bias", True))),
     Case("mla-q-lora-yarn", "mla", (("q_lora_rank", 12), ("rope", YARN))),
     Case("tpla-scatter-q-lora-yarn", "tpla", (("out_mode", "scatter_heads"), ("q_lora_rank", 12), ("rope", YARN))),
-    Case("tpla-norm-only", "tpla", (("softmax", "whole"),)),
-    Case("tpla-no-norm", "tpla", (("latent_norm", "none"),)),
-    Case("tpla-softmax-only", "tpla", (("norm", "whole"), ("slices", 5))),
     Case("lightning-lrpe", "lightning", (("lrpe", True), ("value_dim", 5))),
     Case("lightning-paper-ungated", "lightning", (("decay", "paper"), ("activation", "elu1"), ("gate", False))),
 )  # fmt: skip

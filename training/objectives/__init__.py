@@ -1,7 +1,9 @@
 """What a step minimises, by the name in `config.objective.name`: one file here per objective.
 
-A file's `build(config.objective)` gives `loss(model, batch, rng) -> (scalar, metrics)`. The scalar is a mean over the
-tokens that `batch["weight"]` weighs, so that micro-batches can be put together; metrics are scalars of the same kind.
+A file's `build(config.objective, layout)` gives `loss(model, batch, rng) -> (scalar, metrics)`. The scalar is a mean
+over the tokens that `batch["weight"]` weighs, so that micro-batches can be put together; metrics are scalars of the
+same kind. An objective with arrays of its own, which are not trained, has them in its attribute `frozen` and is called
+`loss(model, batch, rng, frozen)`.
 """
 
 import importlib
@@ -14,7 +16,7 @@ import ml_collections
 
 from configs.errors import ConfigError, unknown
 
-Loss = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def names() -> tuple[str, ...]:
@@ -22,7 +24,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 
 
-def get(name: str) -> Callable[[ml_collections.ConfigDict], Loss]:
+def get(name: str) -> Callable[[ml_collections.ConfigDict, Any], Loss]:
     """The maker of the objective of that name; ConfigError naming the nearest if there is none."""
     if name not in names():
         raise ConfigError(unknown("config.objective.name", name, names()))

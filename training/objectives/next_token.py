@@ -12,11 +12,12 @@ from kernels import tokens
 from training.objectives import Loss
 
 
-def build(options: ml_collections.ConfigDict) -> Loss:
+def build(options: ml_collections.ConfigDict, layout: Any = None) -> Loss:
     """Weighted cross-entropy, with `options.z_loss` and `options.label_smoothing`, plus the model's own losses.
 
     Every key "loss/..." in the model's aux is added to the objective; all of aux that is scalar becomes a metric.
     """
+    del layout  # Nothing but the model's own arrays.
     z_loss, smoothing = options.z_loss, options.label_smoothing
 
     def loss(model: Any, batch: dict[str, Array], rng: Array) -> tuple[Array, dict[str, Array]]:

@@ -1,0 +1,139 @@
+"""A run folder's network with another attention, as a run folder of its own: to evaluate, to serve, to train on.
+
+python eval.py convert runs/mla --mode=tpla_pd --transform=pca --output=runs/tpla
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+import data
+import sharding
+from configs import base, fields
+from configs.errors import UserError
+from models import conversion
+from training import manifest, run_folder, setup, state
+from training.checkpoints import Checkpoints
+from training.loading import LoadedRun, load_run
+
+
+def convert(
+    run_dir: str | pathlib.Path,
+    output: str | pathlib.Path,
+    *,
+    rows: int = 128,
+    report_rows: int = 32,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> conversion.Report:
+    """The run in `run_dir` with its attention converted by `conversion.convert_to_tpla(**options)`, in `output`.
+
+    `rows` rows of the run's training text calibrate, `report_rows` of its held-out text measure the stages. The new
+    folder holds the config, the tokenizer, one checkpoint at step 0, and `conversion.json`. Raises what loading and
+    converting raise, and RunFolderError if `output` holds a run already.
+    """
+    source, target = load_run(run_dir, layout=sharding.build(_alone())), pathlib.Path(output)
+    if (target / "config.json").exists():
+        raise run_folder.RunFolderError(f"{target} holds a run already: give another --output")
+    calibration, held_out = _texts(source, pathlib.Path(run_dir), rows, report_rows)
+    made = conversion.convert_to_tpla(
+        source.model, fields.plain(source.config.model), calibration_ids=calibration, report_ids=held_out,
+        progress=progress, **options,
+    )  # fmt: skip
+    config = _config(source.config, made.config, target)
+    with run_folder.RunFolder(config) as folder:
+        folder.write_config()
+        folder.write_tokenizer(source.tokenizer)
+        manifest.write_atomically(
+            target / "conversion.json", json.dumps(conversion.report.plain(made.report), indent=1)
+        )
+        with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
+            checkpoints.save(_state(config, source, made), None, {"config": fields.plain(config), "elapsed": 0.0})
+    return made.report
+
+
+def _alone() -> ml_collections.ConfigDict:
+    """One device, whatever the run had: conversions are NumPy's work."""
+    return base.sharding()
+
+
+def _config(
+    before: ml_collections.ConfigDict, model: dict[str, Any], target: pathlib.Path
+) -> ml_collections.ConfigDict:
+    config = fields.from_plain(fields.plain(before) | {"model": model, "name": target.name, "run_dir": str(target)})
+    with config.unlocked():
+        config.train.init_from, config.train.steps = "", 0
+    return config
+
+
+def _state(config: ml_collections.ConfigDict, source: LoadedRun, made: conversion.Conversion) -> state.State:
+    structure = setup.network(config, source.tokenizer)
+    params, rest = structure.split(made.model)
+    layout = sharding.build(_alone())
+    plain = setup.build(_without_objective(config), structure, layout, source.tokenizer)
+    fresh = plain.init(jax.random.key(config.seed))
+    # Copies, because no two parts of a state may share a buffer.
+    ema = {name: jnp.array(params[name], jnp.float32, copy=True) for name in fresh.ema}
+    return state.State(fresh.step, fresh.halted, params, rest, fresh.opt_state, ema, fresh.rng)
+
+
+def _without_objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.objective.name, config.train.steps = "next_token", 1
+    return config
+
+
+def _texts(
+    source: LoadedRun, folder: pathlib.Path, rows: int, report_rows: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    options = source.config.data.copy_and_resolve_references()
+    options.tokenizer = str(folder / "tokenizer")
+    pipeline = data.build(options, seed=source.config.seed)
+    length = options.length
+    batches = pipeline.train()
+    found: list[np.ndarray] = []
+    while sum(map(len, found)) < rows:
+        found.append(next(batches)["inputs"])
+    batches.close()
+    held_out: list[np.ndarray] = []
+    for batch in pipeline.heldout_batches(options.batch_size, length) if report_rows else ():
+        held_out.extend(batch["inputs"][batch["weight"].all(axis=1)])  # Whole windows.
+        if len(held_out) >= report_rows:
+            break
+    if report_rows and not held_out:
+        raise UserError(f"no held-out document has {length} tokens to measure stages on: give --report_rows=0")
+    return np.concatenate(found)[:rows], np.stack(held_out)[:report_rows] if held_out else None
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line `eval.py convert`; returns the exit status."""
+    flags = argparse.ArgumentParser(prog="eval.py convert", description=__doc__, allow_abbrev=False,
+                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    flags.add_argument("run", metavar="RUN", help="a run folder whose attention is MLA")
+    flags.add_argument("--output", "-o", required=True, metavar="DIR", help="the new run folder")
+    flags.add_argument("--mode", default="tpla_pd", help=", ".join(conversion.tpla.MODES))
+    flags.add_argument("--slices", type=int, default=2, help="parts of the latent")
+    flags.add_argument("--transform", default="pca", help=", ".join(conversion.tpla.TRANSFORMS))
+    flags.add_argument("--logit_factor", default="lsq", help=", ".join(conversion.tpla.LOGIT_FACTORS))
+    flags.add_argument("--norm_factor", default="auto", help=", ".join(conversion.tpla.NORM_FACTORS))
+    flags.add_argument("--norm", default="", help="slice or whole, where it should not be the mode's")
+    flags.add_argument("--out_mode", default="allreduce", help="allreduce or scatter_heads")
+    flags.add_argument("--pca_center", action="store_true", help="principal directions about the mean")
+    flags.add_argument("--rows", type=int, default=128, help="rows of training text for calibration")
+    flags.add_argument("--report_rows", type=int, default=32, help="rows of held-out text for the stages; 0 is none")
+    flags.add_argument("--seed", type=int, default=0, help="of the Hadamard rotation's signs")
+    options = vars(flags.parse_args(argv))
+    run, output = options.pop("run"), options.pop("output")
+    report = convert(run, output, **options)
+    if report.stages:
+        print(report.table())
+    print(f"converted: {output}")
+    return 0
