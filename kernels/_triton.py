@@ -15,8 +15,6 @@ from kernels.varying import alike
 
 # Compute capabilities by a part of the device's name, for compilation without the device itself.
 _CAPABILITIES = {"H100": 90, "H200": 90, "GH200": 90, "H20": 90, "A100": 80, "L40": 89, "B200": 100, "B300": 103}
-
-
 _SHARED_MEMORY = {"A100": 163, "H100": 227, "H200": 227, "H20": 227, "B200": 227, "B300": 227}  # KiB; others 99.
 
 

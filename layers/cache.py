@@ -23,15 +23,17 @@ class View(NamedTuple):
     """What new queries may attend to.
 
     Attributes:
-        entries: [B, S, ...].
-        tokens: metadata of the entries' tokens.
+        entries: [B, S, ...]; with a `table`, pages [P, page, ...].
+        tokens: metadata of the tokens in the S places of each row.
         lengths: how many of the S places the last query of each row may see, and the queries before it one less each
             (as `kernels.decode` has it); None where that is not so.
+        table: which page holds which places of a row (`layers.paged`); None where entries lie in one piece.
     """
 
     entries: dict[str, Array]
     tokens: Tokens
     lengths: Int[Array, "B"] | None = None
+    table: Int[Array, "B n"] | None = None
 
 
 @functools.partial(

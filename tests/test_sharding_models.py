@@ -98,9 +98,9 @@ def drawn(variant: str, optimizer: str) -> object:
 
 
 @functools.cache
-def trained(variant: str, preset: str, optimizer: str = "sgd") -> Trained:
+def trained(variant: str, preset: str, optimizer: str = "sgd", devices: int = 8) -> Trained:
     config = settings(variant, preset, name=optimizer)
-    layout = sharding.build(config.sharding)
+    layout = sharding.build(config.sharding, jax.devices()[:devices])
     training = setup.build(config, setup.network(config, TOKENIZER), layout, TOKENIZER)
     placed = layout.put(batch())
     lowered = training.step.lower(training.abstract, placed)
@@ -120,6 +120,16 @@ def test_losses_are_those_of_one_device(variant, preset):
     alone, together = trained(variant, "single"), trained(variant, preset)
     assert alone.losses[0] - alone.losses[-1] > 0.05  # The steps really move the weights.
     np.testing.assert_allclose(together.losses, alone.losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("variant", "devices"), [("mla", 8), ("gla", 4), ("tpla", 2), ("tpla", 8)])
+def test_latents_train_on_their_mesh(variant, devices):
+    alone, together = trained(variant, "single"), trained(variant, "tpla", devices=devices)
+    assert alone.losses[0] - alone.losses[-1] > 0.05
+    np.testing.assert_allclose(together.losses, alone.losses, rtol=1e-5)
+    # A cut latent is not put together again. Where 2 latents serve 4 devices, each is copied to those of its heads.
+    names = {name for name, _, _ in counted(together)}
+    assert names <= ({"all-reduce"} if variant == "tpla" else {"all-reduce", "all-gather", "collective-permute"})
 
 
 @pytest.mark.parametrize("preset", SHARDED)

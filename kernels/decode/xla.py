@@ -110,7 +110,8 @@ def _blocks(k: Array, v: Array | None, table: Array | None, block: int, dtype: A
 
         def cut(row: Array, i: Array) -> tuple[Array, Array | None, Array]:
             at = jnp.minimum(i * block, k.shape[1] - block)  # The last block may overlap the one before.
-            blocks = [lax.dynamic_slice(x, (row, at, 0, 0), (1, block, *x.shape[2:]))[0] for x in stored]
+            none = jnp.zeros_like(row)
+            blocks = [lax.dynamic_slice(x, (row, at, none, none), (1, block, *x.shape[2:]))[0] for x in stored]
             return *unpacked(blocks), at + jnp.arange(block, dtype=jnp.int32)
 
         return cut, block

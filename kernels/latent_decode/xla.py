@@ -94,7 +94,8 @@ def _blocks(inputs: Inputs, block: int, dtype: Any) -> tuple[Any, int]:
 
         def cut(row: Array, i: Array) -> tuple[Array, Array, Array]:
             at = jnp.minimum(i * block, values.shape[1] - block)  # The last block may overlap the one before.
-            blocks = [lax.dynamic_slice(x, (row, at, *[0] * (x.ndim - 2)), (1, block, *x.shape[2:]))[0] for x in stored]
+            none = [jnp.zeros_like(row)] * 2
+            blocks = [lax.dynamic_slice(x, (row, at, *none[: x.ndim - 2]), (1, block, *x.shape[2:]))[0] for x in stored]
             return *unpacked(*blocks), at + jnp.arange(block, dtype=jnp.int32)
 
         return cut, block

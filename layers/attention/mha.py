@@ -11,7 +11,7 @@ from kernels.attention import cost, masks
 from kernels.tokens import Tokens
 from layers.attention.contract import NOWHERE, Attention, AttentionOutput, Setting, register, visible
 from layers.attention.softmax import attend
-from layers.cache import SlotCache
+from layers.cache import SlotCache, View
 from layers.hooks import Hooks, LayerHooks
 from layers.linear import Linear
 from layers.norm import Norm
@@ -99,18 +99,19 @@ class MultiHeadAttention(Attention):
         position = tokens.positions()
         q = site("query", self.rope.rotate(site("query_raw", q), position))
         k = self.rope.rotate(k, position)
-        entries, keys, lengths = {"k": k, "v": v}, tokens, None
+        view = View({"k": k, "v": v}, tokens)
         if cache is not None:
-            entries = {name: jnp.repeat(x, self._copies, axis=2) for name, x in entries.items()}
-            (entries, keys, lengths), cache = cache.append(entries, tokens)
+            entries = {name: jnp.repeat(x, self._copies, axis=2) for name, x in view.entries.items()}
+            view, cache = cache.append(entries, tokens)
         heads = attend(
             q,
-            entries["k"].astype(q.dtype),
-            entries["v"].astype(q.dtype),
-            mask=visible(self.mask, keys),
+            view.entries["k"].astype(q.dtype),
+            view.entries["v"].astype(q.dtype),
+            mask=visible(self.mask, view.tokens),
             tokens=tokens,
-            keys=keys,
-            lengths=lengths,
+            keys=view.tokens,
+            lengths=view.lengths,
+            table=view.table,
             scale=self.scale,
             soft_cap=self.soft_cap,
             sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),

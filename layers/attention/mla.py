@@ -141,6 +141,7 @@ class MultiHeadLatentAttention(Attention):
         keys = view.tokens
         read = self._from_latent if started else self._from_heads
         shared: dict[str, Any] = dict(mask=visible(self.mask, keys), tokens=tokens, keys=keys, lengths=view.lengths)
+        shared["table"] = view.table
         shared.update(
             hooks=site, scale=self.scale, implementation=self.setting.implementation, head_axis=self.head_axis
         )

@@ -10,6 +10,7 @@ from kernels import decode
 from kernels.attention import attention, masks, probabilities
 from kernels.tokens import Tokens
 from layers.hooks import LayerHooks, Tap
+from layers.paged import gathered
 from sharding import logical
 
 _KV = ("batch", None, "kv_heads", None)
@@ -28,6 +29,7 @@ def attend(
     tokens: Tokens,
     keys: Tokens,
     lengths: Int[Array, "B"] | None = None,
+    table: Int[Array, "B n"] | None = None,
     scale: float,
     soft_cap: float = 0.0,
     sinks: Float[Array, "H"] | None = None,
@@ -39,6 +41,8 @@ def attend(
 
     `v` None: the values are the first `value_width` columns of the keys. `lengths`, from a cache's `View`, says what
     the mask says of a cache that is in order; then few queries go to the decode op, which reads no more than is there.
+    With a `table`, from the same, keys and values are pages [P, page, ...]; what is not for the decode op makes
+    contiguous rows of them first.
     Under tensor parallelism key/value heads are repeated until they split as the query heads do, which lie along the
     logical `head_axis`.
     Hooks on scores or probabilities form the whole map; a tap on probabilities forms the rows it asks for.
@@ -57,7 +61,9 @@ def attend(
     free = implementation in (None, "xla", "reference")
     if lengths is not None and free and not watched and q.shape[1] <= _FEW:
         options = dict(value_width=value_width, soft_cap=soft_cap, scale=scale, implementation=implementation)
-        return _from_cache(q, k, v, lengths, sinks, options, head_axis)
+        return _from_cache(q, k, v, table, lengths, sinks, options, head_axis)
+    if table is not None:
+        k, v = (x if x is None else gathered(x, table) for x in (k, v))
     v = k[..., :value_width] if v is None else v
     if edited or (tap is not None and hooks.edits("scores")):  # Edits see the whole map, whatever is tapped of it.
         weights = hooks.edit("probabilities", probabilities(q, k, **shared), keys)
@@ -89,20 +95,24 @@ def attend(
 
 
 def _from_cache(
-    q: Array, k: Array, v: Array | None, lengths: Array, sinks: Array | None, options: dict[str, Any],
-    head_axis: str,
+    q: Array, k: Array, v: Array | None, table: Array | None, lengths: Array, sinks: Array | None,
+    options: dict[str, Any], head_axis: str,
 ) -> Array:  # fmt: skip
     """What `attend` gives, by the decode op."""
     repeats = logical.kv_repeat(q.shape[2], k.shape[2])
     if repeats > 1:
         k, v = (x if x is None else jnp.repeat(logical.constrain(x, _KV), repeats, axis=2) for x in (k, v))
 
-    def local(q, k, v, lengths, sinks):
-        return decode.decode_attention(q, k, v, lengths, sinks=sinks, **options)[0]
+    def local(q, k, v, table, lengths, sinks):
+        if table is None:
+            return decode.decode_attention(q, k, v, lengths, sinks=sinks, **options)[0]
+        return decode.paged_decode_attention(q, k, v, table, lengths, sinks=sinks, **options)[0]
 
-    query, key = ("batch", "length", head_axis, None), ("batch", None, head_axis, None)
-    specs = (query, key, None if v is None else key, ("batch",), None if sinks is None else (head_axis,))
-    return logical.shard_kernel(local, specs, query)(q, k, v, lengths, sinks)
+    rows, table_axes = ("batch", None) if table is None else (None, ("batch", None))  # Pages belong to all rows.
+    query, key = ("batch", "length", head_axis, None), (rows, None, head_axis, None)
+    value, sink = None if v is None else key, None if sinks is None else (head_axis,)
+    specs = (query, key, value, table_axes, ("batch",), sink)
+    return logical.shard_kernel(local, specs, query)(q, k, v, table, lengths, sinks)
 
 
 def _chosen(tap: Tap) -> tuple[Any, Any]:

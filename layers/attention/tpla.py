@@ -17,6 +17,7 @@ from layers.cache import SlotCache, View
 from layers.hooks import LayerHooks
 from layers.linear import contracted
 from layers.norm import widened
+from layers.paged import gathered
 from layers.rope import Rope
 from layers.variables import Constant
 from sharding import logical
@@ -31,6 +32,7 @@ MODES: Mapping[str, Mapping[str, str]] = {
 }
 _Q = ("batch", "length", "slice_heads", None)
 _ROWS = ("batch", None, "slices", None)
+_PAGES = (None, None, "slices", None)
 _UP = ("slices", None, "slice_heads", None)
 
 
@@ -150,9 +152,12 @@ class TensorParallelLatentAttention(MultiHeadLatentAttention):
                 "config.model.attention.heads or config.sharding.model"
             )
 
-        def local(q, rows, key_up, value_up, out, factor, tokens, keys, lengths):
+        def local(q, rows, key_up, value_up, out, factor, tokens, keys, lengths, table):
             mask = visible(self.mask, keys)
+            if whole and table is not None:
+                rows, table = gathered(rows, table), None
             shared = dict(mask=mask, tokens=tokens, keys=keys, lengths=lengths, hooks=site, scale=self.scale)
+            shared["table"] = table
             shared["implementation"] = self.setting.implementation
             heads, parted = form(q, rows, key_up, value_up, factor, across, shared)
             if scattered and not parted:
@@ -165,10 +170,12 @@ class TensorParallelLatentAttention(MultiHeadLatentAttention):
 
         if not watched:
             out_axes = ("slice_head_parts" if self.out_mode == "scatter_heads" else "slice_heads", None, None)
+            stored, table_axes = (_ROWS, None) if view.table is None else (_PAGES, ("batch", None))
             lengths_axes = None if view.lengths is None else ("batch",)
-            axes = (_Q, _ROWS, _UP, _UP, out_axes, ("slices",), ("batch", "length"), ("batch", None), lengths_axes)
+            told = (("batch", "length"), ("batch", None), lengths_axes, table_axes)
+            axes = (_Q, stored, _UP, _UP, out_axes, ("slices",), *told)
             local = logical.shard_kernel(local, axes, ("batch", "length", None))
-        return local(q, rows, *up, out, factor, tokens, view.tokens, view.lengths)
+        return local(q, rows, *up, out, factor, tokens, view.tokens, view.lengths, view.table)
 
     @property
     def _copies(self) -> int:
