@@ -1,5 +1,7 @@
 """Normalisations; statistics at least in float32, result in the input's dtype."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,7 +30,7 @@ class Norm(nnx.Module):
     """
 
     def __init__(
-        self, setting: Setting, width: int, *, kind: str = "rms", epsilon: float = 1e-6, axis: str | None = None
+        self, setting: Setting, width: int, *, kind: str = "rms", epsilon: float = 1e-6, axis: Any = None
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"norm kind {kind!r} is not one of {', '.join(KINDS)}")

@@ -72,7 +72,8 @@ class MultiHeadLatentAttention(Attention):
         made = latents * kv_lora_rank
         self.latent = Linear(setting, width, made, axes=("embed", self.latent_axis), rngs=rngs)
         self.rope_key = Linear(setting, width, self.rotary, axes=("embed", None), rngs=rngs)
-        self.latent_norm = Norm(setting, made, epsilon=norm_epsilon) if latent_norm == "rms" else None
+        rms = latent_norm == "rms"
+        self.latent_norm = Norm(setting, made, epsilon=norm_epsilon, axis=self.latent_axis) if rms else None
         channels = self.channel_axis
         self.key_up = Linear(setting, kv_lora_rank, heads * self.nope, axes=(channels, by_head), rngs=rngs)
         self.value_up = Linear(setting, kv_lora_rank, heads * self.value, axes=(channels, by_head), rngs=rngs)
@@ -123,9 +124,13 @@ class MultiHeadLatentAttention(Attention):
         # With an axis of latents from the start: to give the cache one later, XLA copies it.
         latent = self.latent(x).reshape(*x.shape[:2], self.latents, self.rank)
         if self.latent_norm is not None:
-            gain = self.latent_norm.gain[...].astype(x.dtype).reshape(self.latents, self.rank)
-            latent = rms_normalise(latent, self.latent_norm.epsilon) * gain
+            latent = rms_normalise(latent, self.latent_norm.epsilon) * self._gain(latent)
         return self._joined(site("latent", latent), x, tokens)
+
+    def _gain(self, latent: Float[Array, "B T G d"]) -> Float[Array, "G d"]:
+        """The gain of the latent's norm, laid out for use."""
+        gain = logical.gather(self.latent_norm.gain[...].astype(latent.dtype), (self.latent_axis,))
+        return gain.reshape(latent.shape[2:])
 
     def _joined(
         self, latent: Float[Array, "B T G d"], x: Float[Array, "B T D"], tokens: Tokens

@@ -127,8 +127,8 @@ class TensorParallelLatentAttention(MultiHeadLatentAttention):
             square = jnp.sum(squares, axis=2, keepdims=True)
         else:
             square = squares * self.norm_factor[...].astype(wide.dtype)[:, None]
-        gain = self.latent_norm.gain[...].astype(latent.dtype).reshape(self.slices, self.slice_width)
-        return (wide * jax.lax.rsqrt(square + self.latent_norm.epsilon)).astype(latent.dtype) * gain
+        normalised = (wide * jax.lax.rsqrt(square + self.latent_norm.epsilon)).astype(latent.dtype)
+        return normalised * self._gain(latent)
 
     def _mix(
         self, q: Array, rows: Float[Array, "B S g C"], view: View, started: bool, tokens: Tokens, site: LayerHooks
