@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from flax import nnx
 
 import data
 import sharding
@@ -24,7 +23,7 @@ class LoadedRun:
     """What a run folder holds at one step; `model` has the averaged weights where the run keeps an average."""
 
     config: ml_collections.ConfigDict
-    model: nnx.Module
+    model: Any
     tokenizer: Any
     step: int
     layout: sharding.Layout

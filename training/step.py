@@ -58,9 +58,9 @@ def build(
     """
 
     def step(state: State, batch: Batch, frozen: Any = None) -> tuple[State, Report]:
-        loss = objective if frozen is None else functools.partial(objective, frozen=frozen)
+        compared = objective if frozen is None else functools.partial(objective, frozen=frozen)
         with layout.activate():
-            value_and_grad = accumulated(differentiated(structure, loss), state.rest, options.accumulate)
+            value_and_grad = accumulated(differentiated(structure, compared), state.rest, options.accumulate)
             rng = jax.random.fold_in(state.rng, state.step)
             (loss, (metrics, rest)), gradients = rule(value_and_grad, state.params, batch, rng)
         squares = {name: jnp.sum(jnp.square(g.astype(jnp.float32))) for name, g in gradients.items()}

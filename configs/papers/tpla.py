@@ -22,7 +22,6 @@ from configs import attention, base, lm
 from configs.command_line import arguments
 from configs.errors import ConfigError, unknown
 
-
 ALIGNMENTS = {"none": "next_token", "layerwise": "layerwise", "logits": "distillation"}
 
 

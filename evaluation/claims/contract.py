@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ml_collections
-from flax import nnx
 
 import data
 from configs import fields
@@ -58,7 +57,7 @@ class Trained(Protocol):
     """A finished run as a claim uses it; `training.LoadedRun` is one."""
 
     config: ml_collections.ConfigDict  # With `run_dir`, where everything of the run lies.
-    model: nnx.Module
+    model: Any
     tokenizer: Any
     step: int
     layout: Any

@@ -34,7 +34,8 @@ class MultiHeadLatentAttention(Attention):
     """
 
     #: Logical axes: of a head, and of the latent's channels in W_UK and W_UV.
-    head_axis, channel_axis = "heads", "latent"
+    head_axis = "heads"
+    channel_axis: Any = "latent"
 
     def __init__(
         self,

@@ -137,11 +137,11 @@ class SequenceSplitLatentAttention(MultiHeadLatentAttention):
         return shared(q, rows, view.lengths, tokens, dealt, jnp.arange(self.parts))
 
     def _one_query(self, q: Array, rows: Array, lengths: Int[Array, "B"]) -> tuple[Array, Array]:
-        options = dict(scale=self.scale, implementation=self.setting.implementation)
+        options: dict[str, Any] = dict(scale=self.scale, implementation=self.setting.implementation)
         return decode.decode_attention(q, rows, None, lengths, value_width=self.rank, **options)
 
     def _queries(self, q: Array, rows: Array, tokens: Tokens, keys: Tokens) -> tuple[Array, Array]:
-        options = dict(scale=self.scale, implementation=self.setting.implementation)
+        options: dict[str, Any] = dict(scale=self.scale, implementation=self.setting.implementation)
         mask = visible(self.mask, keys)
         out, lse = attention(q, rows, rows[..., : self.rank], mask=mask, q_tokens=tokens, k_tokens=keys, **options)
         return out, lse

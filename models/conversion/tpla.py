@@ -86,8 +86,8 @@ def convert_to_tpla(
     ):
         if value not in known:
             raise ConversionError(unknown(name, value, known))
-    config = _plain(config)
-    specs = layer_specs(config)
+    options_of_model: dict[str, Any] = _plain(config)
+    specs = layer_specs(options_of_model)
     places = _places(model, specs)
     _check(specs, places, slices, mode, transform)
     sliced = mode in SLICED_MODES
@@ -130,7 +130,7 @@ def convert_to_tpla(
     def made(mode: str) -> tuple[DecoderLM, dict[str, Any]]:
         changes = dict(SLICED_MODES.get(mode, {}), out_mode=out_mode)
         changes |= {"norm": norm} if norm and mode in SLICED_MODES else {}
-        return _converted(model, config, source, rotated, places, mode, slices, changes, alphas, mus)
+        return _converted(model, options_of_model, source, rotated, places, mode, slices, changes, alphas, mus)
 
     result, result_config = made(mode)
     asked = dict(slices=slices, mode=mode, transform=transform, logit_factor=logit_factor, norm_factor=norm_factor,
