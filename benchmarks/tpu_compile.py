@@ -35,6 +35,7 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 SHAPES = {
     "attention": ("t4k", "t16k", "gqa4k", "d64", "mla4k", "window16k", "blocks10"),
     "decode": ("gqa32k", "gqa32k_paged", "mla32k", "tpla32k_h64"),
+    "latent_decode": ("mla32k", "mla32k_paged", "tpla32k_h64"),
     "lightning": ("t2k", "t16k", "t128k"),
 }
 _VMEM = re.compile(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"')
@@ -149,7 +150,7 @@ def main() -> int:
             results["rows"].append(row)
             write(results, options.output)
             vmem = f"{row['vmem_bytes'] / 2**20:6.1f} MiB of VMEM" if "error" not in row else row["error"][:150]
-            print(f"{chip} {op:9s} {name:27s} {direction:17s} {row.get('seconds', ''):>6} s  {vmem}", flush=True)
+            print(f"{chip} {op:13s} {name:27s} {direction:17s} {row.get('seconds', ''):>6} s  {vmem}", flush=True)
     return failures
 
 

@@ -12,6 +12,8 @@ from kernels.attention import attention, masks
 from kernels.attention import cost as attention_cost
 from kernels.decode import cost as decode_cost
 from kernels.decode import decode_attention, paged_decode_attention
+from kernels.latent_decode import Quantised, latent_decode, paged_latent_decode, quantise
+from kernels.latent_decode import cost as latent_decode_cost
 from kernels.lightning import cost as lightning_cost
 from kernels.lightning import decay_rates, lightning_attention
 
@@ -165,6 +167,56 @@ DECODE = Op(
     differentiable=False,
 )
 
+
+def _latent_inputs(shape: Shape, dtype: Any) -> list[jax.Array]:
+    """Of a shape as `DECODE` has it: the latent is the value, what is left of the width the rotary key."""
+    rotary = shape.width - shape.values
+    q, *cache, lengths = _decode_inputs(dataclasses.replace(shape, page=0), dtype)
+    rows, table = cache[0][:, :, 0], []
+    if shape.page:
+        pages = shape.batch * shape.length // shape.page
+        rows = rows.reshape(pages, shape.page, shape.width)
+        table = [jax.random.permutation(jax.random.key(1), pages).astype(jnp.int32).reshape(shape.batch, -1)]
+    values, scales = quantise(rows[..., : shape.values])
+    return [q[..., : shape.values], q[..., -rotary:], values, scales, rows[..., -rotary:], lengths, *table]
+
+
+def _latent_decode(shape: Shape, name: str | None) -> Callable[..., Any]:
+    def run(q, q_rope, values, scales, rope, lengths, *table):
+        options: dict[str, Any] = dict(scale=shape.width**-0.5, implementation=name)
+        latent = Quantised(values, scales)
+        if table:
+            return paged_latent_decode(q, q_rope, latent, rope, table[0], lengths, **options)[0]
+        return latent_decode(q, q_rope, latent, rope, lengths, **options)[0]
+
+    return run
+
+
+def _latent_sizes(shape: Shape) -> tuple[tuple[int, ...], int]:
+    return (shape.batch, 1, shape.heads, shape.values), shape.width - shape.values
+
+
+LATENT_DECODE = Op(
+    shapes={
+        "tiny": Shape(2, 256, 4, 1, 144, 128),
+        "small": Shape(2, 4096, 8, 1, 576, 512),
+        "mla32k": Shape(32, 32768, 16, 1, 576, 512),
+        "mla32k_paged": Shape(32, 32768, 16, 1, 576, 512, page=128),
+        "mla32k_h64": Shape(32, 32768, 64, 1, 576, 512),
+        "tpla32k_h64": Shape(32, 32768, 64, 1, 320, 256),
+    },
+    inputs=_latent_inputs,
+    run=_latent_decode,
+    flops=lambda shape, backward: latent_decode_cost.flops(
+        *_latent_sizes(shape), latent_decode_cost.pairs([shape.length] * shape.batch)
+    ),
+    bytes=lambda shape, size, backward: latent_decode_cost.bytes(
+        *_latent_sizes(shape), latent_decode_cost.keys([shape.length] * shape.batch),
+        blocks=max(1, shape.values // 128), itemsize=size,
+    ),
+    differentiable=False,
+)  # fmt: skip
+
 LIGHTNING = Op(
     shapes={
         "tiny": Shape(1, 256, 4, 4, 64),
@@ -186,10 +238,15 @@ LIGHTNING = Op(
     ),
 )
 
-OPS = {"attention": ATTENTION, "decode": DECODE, "lightning": LIGHTNING}
+OPS = {"attention": ATTENTION, "decode": DECODE, "latent_decode": LATENT_DECODE, "lightning": LIGHTNING}
 # What is measured where nothing is asked for.
 USUAL = {
-    "cpu": {"attention": ("small", "cpu4k"), "decode": ("small",), "lightning": ("small",)},
+    "cpu": {
+        "attention": ("small", "cpu4k"),
+        "decode": ("small",),
+        "latent_decode": ("small",),
+        "lightning": ("small",),
+    },
     "gpu": {op: tuple(n for n in OPS[op].shapes if n not in ("tiny", "small", "cpu4k")) for op in OPS},
 }
 USUAL["tpu"] = USUAL["gpu"]

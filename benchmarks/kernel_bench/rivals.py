@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels import attention, decode, lightning
+from kernels import attention, decode, latent_decode, lightning
 
 from .cases import Op, Shape, mask_of
 
 OURS = {
     "attention": attention.IMPLEMENTATIONS,
     "decode": decode.IMPLEMENTATIONS,
+    "latent_decode": latent_decode.IMPLEMENTATIONS,
     "lightning": lightning.IMPLEMENTATIONS,
 }
 THEIRS = {
     "attention": ("jax.nn xla", "jax.nn cudnn", "tokamax", "torch sdpa", "torch flex"),
     "decode": ("jax.nn xla", "jax.nn cudnn"),
+    "latent_decode": (),
     "lightning": ("fla",),
 }
 
