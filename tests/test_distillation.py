@@ -141,6 +141,7 @@ def test_conversion_and_alignment_through_the_loop(tmp_path: pathlib.Path, capsy
     command = [str(teacher.path), f"--output={tmp_path / 'tpla'}", "--mode=tpla", "--transform=hadamard"]
     assert converting.main([*command, "--rows=8", "--report_rows=4"]) == 0
     assert "tpla_softmax_only" in capsys.readouterr().out
+    assert "What a conversion cost" in (tmp_path / "tpla" / "conversion.svg").read_text()
     report = json.loads((tmp_path / "tpla" / "conversion.json").read_text())
     assert report["stages"][-1]["name"] == "tpla" and report["options"]["transform"] == "hadamard"
     converted = load_run(tmp_path / "tpla")

@@ -18,6 +18,7 @@ import data
 import sharding
 from configs import base, fields
 from configs.errors import UserError
+from evaluation import conversions
 from models import conversion
 from training import manifest, run_folder, setup, state
 from training.checkpoints import Checkpoints
@@ -36,8 +37,8 @@ def convert(
     """The run in `run_dir` with its attention converted by `conversion.convert_to_tpla(**options)`, in `output`.
 
     `rows` rows of the run's training text calibrate, `report_rows` of its held-out text measure the stages. The new
-    folder holds the config, the tokenizer, one checkpoint at step 0, and `conversion.json`. Raises what loading and
-    converting raise, and RunFolderError if `output` holds a run already.
+    folder holds the config, the tokenizer, one checkpoint at step 0, `conversion.json` and a picture of it. Raises what
+    loading and converting raise, and RunFolderError if `output` holds a run already.
     """
     source, target = load_run(run_dir, layout=sharding.build(_alone())), pathlib.Path(output)
     if (target / "config.json").exists():
@@ -54,6 +55,7 @@ def convert(
         manifest.write_atomically(
             target / "conversion.json", json.dumps(conversion.report.plain(made.report), indent=1)
         )
+        manifest.write_atomically(target / "conversion.svg", conversions.picture(made.report))
         with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
             checkpoints.save(_state(config, source, made), None, {"config": fields.plain(config), "elapsed": 0.0})
     return made.report

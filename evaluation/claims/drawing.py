@@ -20,13 +20,18 @@ _COLOURS = {"ink": plots.INK, "soft": plots.SOFT, "line": plots.LINE} | {
 def axes(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of so many inches with one pair of axes, in the manner of the reports."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-    found = figure.add_subplot(facecolor="none")
+    return figure, styled(figure.add_subplot())
+
+
+def styled(found: Axes) -> Axes:
+    """Axes in the manner of the reports."""
+    found.set_facecolor("none")
     found.set_axisbelow(True)
     found.grid(color=plots.LINE, linewidth=0.7)
     found.spines[["top", "right"]].set_visible(False)
     found.spines[["left", "bottom"]].set_color(plots.LINE)
     found.tick_params(color=plots.LINE, labelcolor=plots.SOFT, labelsize=9.5)
-    return figure, found
+    return found
 
 
 def points(record: Record) -> Figure:
