@@ -42,20 +42,13 @@ FORMS = {
     "both, 1/e": ("tpla", "inv_energy", "inv_energy"),
     "both, lsq": ("tpla", "inv_energy", "lsq"),
 }
-CHOSEN, PREFILL = "both, lsq", "prefill MLA, lsq"
-RANKS = (16, 64)
+CHOSEN = "both, lsq"
 
 
 def run(context: ClaimContext) -> Iterator[Any]:
-    """One seed: trains MLA, converts it in every way, and measures each on the same held-out text; for every rank."""
-    ranks = context.params["ranks"]
-    for done, rank in enumerate(ranks):
-        yield from _of_rank(context, rank, done, len(ranks))
-
-
-def _of_rank(context: ClaimContext, rank: int, before: int, ranks: int) -> Iterator[Any]:
+    """One seed: trains MLA, converts it in every way, and measures each on the same held-out text."""
     p = context.params
-    config = tpla.get_config(f"rank={rank}")
+    config = tpla.get_config(f"rank={p['rank']}")
     with config.unlocked():
         config.train.steps, config.data.max_files = p["steps"], p["files"]
         config.optimizer.warmup_steps = max(1, p["steps"] // 20)
@@ -64,37 +57,44 @@ def _of_rank(context: ClaimContext, rank: int, before: int, ranks: int) -> Itera
     calibration, ids = _texts(context, trained, p["rows"], p["calibration"])
     original = log_probabilities(trained.model, ids)
     half = ids.shape[1] // 2
-    forms = {"rotated": ("mla_tp", "auto", "one"), **FORMS, PREFILL: ("tpla_pd", "inv_energy", "lsq")}
-    total = 1 + len(TRANSFORMS) * len(forms)
-    done = total * before
 
-    def perplexity(logs: np.ndarray, transform: str, form: str, late: bool = False) -> Any:
-        value = measured("", logs, original, ids, half - 1 if late else 0).perplexity
-        return number("second half" if late else "perplexity", value, transform=transform, form=form, rank=rank)
+    def perplexity(logs: np.ndarray, first: int = 0) -> float:
+        return measured("", logs, original, ids, first).perplexity
 
-    def converted(**options: Any) -> Any:
-        given = dict(slices=p["slices"], calibration_ids=calibration, seed=context.seed)
-        return convert_to_tpla(trained.model, trained.config.model, **given, **options)
-
-    yield perplexity(original, "-", "MLA")
-    yield perplexity(original, "-", "MLA", late=True)
+    yield number("perplexity", perplexity(original), transform="-", form="MLA")
+    yield number("second half", perplexity(original, half - 1), transform="-", form="MLA")
+    shared = dict(slices=p["slices"], calibration_ids=calibration, seed=context.seed)
+    total, done = 1 + len(TRANSFORMS) * (2 + len(FORMS)), 0
     for transform in TRANSFORMS:
-        for form, (mode, norm_factor, logit_factor) in forms.items():
-            made = converted(mode=mode, transform=transform, norm_factor=norm_factor, logit_factor=logit_factor)
-            logs = log_probabilities(made.model, ids, split=half if form == PREFILL else 0)
-            yield perplexity(logs, transform, form, late=form == PREFILL)
+        for form, (mode, norm_factor, logit_factor) in {
+            "rotated": ("mla_tp", "auto", "one"),
+            **FORMS,
+            "prefill MLA, lsq": ("tpla_pd", "inv_energy", "lsq"),
+        }.items():
+            made = convert_to_tpla(
+                trained.model, trained.config.model, mode=mode, transform=transform, norm_factor=norm_factor,
+                logit_factor=logit_factor, **shared,
+            )  # fmt: skip
+            logs = log_probabilities(made.model, ids, split=half if mode == "tpla_pd" else 0)
+            if mode == "tpla_pd":
+                yield number("second half", perplexity(logs, half - 1), transform=transform, form=form)
+            else:
+                yield number("perplexity", perplexity(logs), transform=transform, form=form)
             if form == "rotated":
                 apart = np.max(np.abs(logs - original)) / np.max(np.abs(original))
-                yield number("rotated, relative difference", apart, transform=transform, rank=rank)
+                yield number("rotated, relative difference", apart, transform=transform)
             if form == CHOSEN:
                 first = np.mean([energies[0] for energies in made.report.energies])
-                yield number("energy of the first slice", first, transform=transform, rank=rank)
-                yield perplexity(log_probabilities(made.model, ids, split=half), transform, form, late=True)
+                yield number("energy of the first slice", first, transform=transform)
+                again = log_probabilities(made.model, ids, split=half)
+                yield number("second half", perplexity(again, half - 1), transform=transform, form="both, lsq")
             done += 1
-            context.report("conversions", done, total * ranks)
-    grouped = converted(mode="gla", transform="identity", logit_factor="one")
-    yield perplexity(log_probabilities(grouped.model, ids), "identity", "GLA")
-    context.report("conversions", done + 1, total * ranks)
+            context.report("conversions", done, total)
+    grouped = convert_to_tpla(
+        trained.model, trained.config.model, mode="gla", transform="identity", logit_factor="one", **shared
+    )
+    yield number("perplexity", perplexity(log_probabilities(grouped.model, ids)), transform="identity", form="GLA")
+    context.report("conversions", total, total)
 
 
 def _texts(
@@ -120,86 +120,32 @@ def _texts(
     return first.astype(np.int32), second.astype(np.int32)
 
 
-def _of(transform: str, form: str, rank: int, name: str = "perplexity") -> Any:
-    return of(name, transform=transform, form=form, rank=rank)
+def _form(transform: str, form: str) -> Any:
+    return of("perplexity", transform=transform, form=form)
 
 
-def _checks(rank: int) -> tuple[Check, ...]:
-    """The same for every rank."""
-    mla, gla = _of("-", "MLA", rank), _of("identity", "GLA", rank)
-    sliced = {transform: _of(transform, CHOSEN, rank) for transform in TRANSFORMS}
-    late_mla = _of("-", "MLA", rank, "second half")
-    return (
-        Check(
-            f"rotation is exact, {rank} channels",
-            "Folded and rotated, but not cut, the model is the original.",
-            tuple(at_most(of("rotated, relative difference", transform=t, rank=rank), 1e-5) for t in TRANSFORMS),
-            "paper, section 4.1",
-            Rule.EXACT,
-        ),
-        Check(
-            f"order of rotations, {rank} channels",
-            "MLA is better than TPLA with principal directions, which is better than with Hadamard's rotation, which "
-            "is better than without one.",
-            ordered(mla, sliced["pca"], sliced["hadamard"], sliced["identity"]),
-            "paper, figure 2",
-        ),
-        Check(
-            f"far from GLA, {rank} channels",
-            "Every TPLA is far better than the model cut into latent heads.",
-            tuple(less(sliced[t], gla, times=1.5) for t in TRANSFORMS),
-            "paper, table 1",
-        ),
-        Check(
-            f"the softmax loses more, {rank} channels",
-            "Slicing the norm alone costs less than slicing the softmax alone.",
-            tuple(less(_of(t, "norm only, 1/e", rank), _of(t, "softmax only, lsq", rank)) for t in TRANSFORMS),
-            "paper, figure 2",
-        ),
-        Check(
-            f"the factor of the norm is 1 / e, {rank} channels",
-            "With principal directions the norm's factor is the reciprocal of a slice's energy, not the number of "
-            "slices.",
-            (less(_of("pca", "norm only, 1/e", rank), _of("pca", "norm only, g", rank)),),
-            "paper, condition 1 (its equation 25 names e itself)",
-        ),
-        Check(
-            f"prefill as MLA, {rank} channels",
-            "With the prompt computed as MLA, the continuation lies between MLA's and TPLA's.",
-            tuple(
-                comparison
-                for t in TRANSFORMS
-                for comparison in (
-                    less(late_mla, _of(t, PREFILL, rank, "second half")),
-                    less(_of(t, PREFILL, rank, "second half"), _of(t, CHOSEN, rank, "second half")),
-                )
-            ),
-            "paper, section 4.4 and table 1",
-        ),
-    )
+MLA, GLA = _form("-", "MLA"), _form("identity", "GLA")
+SLICED = {transform: _form(transform, CHOSEN) for transform in TRANSFORMS}
+LATE = {transform: of("second half", transform=transform, form="prefill MLA, lsq") for transform in TRANSFORMS}
 
 
 def draw(record: Record) -> Figure:
     """What each form costs: perplexity over MLA's, less one, on a log scale; a colour per rotation."""
-    forms = ["norm only, 1/e", "norm only, g", *[form for form in FORMS if form.startswith("softmax")]]
-    forms += [form for form in FORMS if form.startswith("both")] + [PREFILL, "GLA"]
-    rows = [(rank, form) for rank in RANKS for form in forms]
-    figure, drawn = drawing.axes(7.6, 0.6 + 0.3 * len(rows))
-    least = 1e-2
-    for place, (rank, form) in enumerate(rows):
-        name = "second half" if form == PREFILL else "perplexity"
-        base = record.measured[_of("-", "MLA", rank, name)]
+    forms, least = [*FORMS, "prefill MLA, lsq", "GLA"], 1e-1
+    figure, drawn = drawing.axes(7.6, 0.8 + 0.36 * len(forms))
+    for place, form in enumerate(forms):
+        name = "second half" if form.startswith("prefill") else "perplexity"
+        base = record.measured[of(name, transform="-", form="MLA")]
         for i, transform in enumerate(("identity",) if form == "GLA" else TRANSFORMS):
-            cost = 100 * (record.measured[_of(transform, form, rank, name)] / base - 1)
+            cost = 100 * (record.measured[of(name, transform=transform, form=form)] / base - 1)
             height, colour = -place - (i - 1) * 0.22, plots.colour_of(i)
             drawn.plot(np.maximum(cost, least), [height] * len(cost), "o", color=colour, markersize=3, alpha=0.4)
             drawn.plot([max(cost.mean(), least)], [height], "D", color=colour, markersize=5)
     drawn.set_xscale("log")
-    drawn.set_yticks([-float(place) for place in range(len(rows))], [f"{form}  ({rank})" for rank, form in rows])
+    drawn.set_yticks([-float(place) for place in range(len(forms))], forms)
     drawn.tick_params(axis="y", labelcolor=plots.INK, length=0)
-    drawn.set_ylim(0.6 - len(rows), 0.6)
-    drawn.axhline(0.5 - len(forms), color=plots.LINE, linewidth=1.2)
-    drawn.set_xlabel(f"perplexity above MLA's, % (at the left edge: {least} or less)", color=plots.SOFT)
+    drawn.set_ylim(0.6 - len(forms), 0.6)
+    drawn.set_xlabel(f"perplexity above MLA's, % (at the left edge: {least:g} or less)", color=plots.SOFT)
     handles = [Line2D([], [], marker="D", linestyle="", color=plots.colour_of(i)) for i in range(len(TRANSFORMS))]
     drawn.legend(handles, TRANSFORMS, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, labelcolor=plots.INK)
     return figure
@@ -216,24 +162,65 @@ CLAIM = Claim(
         "(prefill/decode separation) gives back most of it."
     ),
     setting=(
-        "Byte-level language models of 4 layers, width 128 and 8 heads on Python's standard library, with a tight "
-        "latent of 16 channels and a roomy one of 64, cut into 2 slices. Perplexity per byte on held-out rows of 128 "
-        "bytes; the second half of a row follows a first half that is its prompt."
+        "A byte-level language model of 4 layers, width 128 and 8 heads on Python's standard library, with a tight "
+        "latent of 16 channels, cut into 2 slices. Perplexity per byte on held-out rows of 128 bytes; the second half "
+        "of a row follows a first half that is its prompt."
     ),
     run=run,
-    defaults={"seeds": (0, 1, 2), "steps": 800, "ranks": RANKS, "slices": 2, "rows": 256, "calibration": 64,
-              "files": 0},
+    defaults={"seeds": (0, 1, 2), "steps": 800, "rank": 16, "slices": 2, "rows": 256, "calibration": 64, "files": 0},
     smoke={"seeds": (0, 1), "steps": 4, "rows": 8, "calibration": 8, "files": 200},
-    checks=tuple(check for rank in RANKS for check in _checks(rank)),
-    tables=tuple(
-        Table(f"{title}, {rank} channels", name, rows=rows, columns=columns, where={"rank": str(rank)})
-        for rank in RANKS
-        for title, name, rows, columns in (
-            ("Perplexity of the whole row", "perplexity", "form", "transform"),
-            ("Perplexity of the second half", "second half", "form", "transform"),
-            ("Energy of the first slice", "energy of the first slice", "transform", ""),
-        )
+    checks=(
+        Check(
+            "rotation is exact",
+            "Folded and rotated, but not cut, the model is the original.",
+            tuple(at_most(of("rotated, relative difference", transform=t), 1e-5) for t in TRANSFORMS),
+            "paper, section 4.1",
+            Rule.EXACT,
+        ),
+        Check(
+            "order of rotations",
+            "MLA is better than TPLA with principal directions, which is better than with Hadamard's rotation, which "
+            "is better than without one.",
+            ordered(MLA, SLICED["pca"], SLICED["hadamard"], SLICED["identity"]),
+            "paper, figure 2",
+        ),
+        Check(
+            "far from GLA",
+            "Every TPLA is far better than the model cut into latent heads.",
+            tuple(less(SLICED[t], GLA, times=1.5) for t in TRANSFORMS),
+            "paper, table 1",
+        ),
+        Check(
+            "the softmax loses more",
+            "Slicing the norm alone costs less than slicing the softmax alone.",
+            tuple(less(_form(t, "norm only, 1/e"), _form(t, "softmax only, lsq")) for t in TRANSFORMS),
+            "paper, figure 2",
+        ),
+        Check(
+            "the factor of the norm is 1 / e",
+            "With principal directions the norm's factor is the reciprocal of a slice's energy, not the number of "
+            "slices.",
+            (less(_form("pca", "norm only, 1/e"), _form("pca", "norm only, g")),),
+            "paper, condition 1 (its equation 25 names e itself)",
+        ),
+        Check(
+            "prefill as MLA",
+            "With the prompt computed as MLA, the continuation lies between MLA's and TPLA's.",
+            tuple(
+                comparison
+                for t in TRANSFORMS
+                for comparison in (
+                    less(of("second half", transform="-", form="MLA"), LATE[t]),
+                    less(LATE[t], of("second half", transform=t, form=CHOSEN)),
+                )
+            ),
+            "paper, section 4.4 and table 1",
+        ),
+    ),
+    tables=(
+        Table("Perplexity of the whole row", "perplexity", rows="form", columns="transform"),
+        Table("Perplexity of the second half", "second half", rows="form", columns="transform"),
+        Table("Energy of the first slice", "energy of the first slice", rows="transform"),
     ),
     draw=draw,
-    version=2,
 )  # fmt: skip
