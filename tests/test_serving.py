@@ -62,7 +62,7 @@ def at_rest(served: serving.Engine) -> bool:
 # Requests
 
 
-@pytest.mark.parametrize("variant", ["mha", "gqa", "mla", "gla", "tpla", "tpla_pd", "lightning", "sliding"])
+@pytest.mark.parametrize("variant", ["gqa", "mla", "tpla", "tpla_pd", "lightning", "sliding"])
 def test_tokens_are_those_of_generate(variant):
     """Rows come and go, and where there are pages they run out: requests are sent back and lose nothing."""
     served = engine(variant)

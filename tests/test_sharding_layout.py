@@ -93,6 +93,7 @@ EXPECTED = {
     "fsdp": {"up": P(None, "data", None), "value": P("data", None), "table": P(None, "data")},
     "tp": {"up": P(None, None, "model"), "value": P(None, None), "table": P("model", None)},
     "fsdp_tp": {"up": P(None, "data", "model"), "value": P("data", "model"), "table": P("model", "data")},
+    "tpla": {"up": P(None, None, ("latent", "head")), "value": P(None, "latent"), "table": P(("latent", "head"), None)},
 }
 
 
