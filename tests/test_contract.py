@@ -15,7 +15,7 @@ from configs import attention as presets
 from kernels.tokens import sequence
 from layers.hooks import Hooks, Tap
 from tests.contract import checks
-from tests.contract.cases import Case, cases, inputs, plain
+from tests.contract.cases import Case, cases, inputs, one_of_each, plain
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,9 +28,7 @@ def quick_compilation():
 
 CASES = pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 # Where the options of a layer change nothing of what is asked: one case of each layer.
-LAYERS = pytest.mark.parametrize(
-    "case", list({case.options()["layer"]: case for case in reversed(cases())}.values()), ids=lambda case: case.name
-)
+LAYERS = pytest.mark.parametrize("case", one_of_each(), ids=lambda case: case.name)
 
 
 def test_every_registered_layer_has_a_case():
@@ -112,7 +110,7 @@ def test_save_and_restore_is_exact(case: Case, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, pure, restored))
 
 
-@CASES
+@LAYERS
 def test_generation_agrees_with_the_full_pass(case: Case):
     """Log-probabilities along a generated continuation are those of one pass over the whole row."""
     model = case.model()

@@ -1,5 +1,5 @@
-"""The contract suite under tensor parallelism: every case on 2, 4 and 8 devices is the case on one, and communicates
-as it declares."""
+"""The contract suite under tensor parallelism: cases on 2, 4 and 8 devices are the cases on one, and communicate as
+they declare."""
 
 import collections
 import functools
@@ -13,7 +13,7 @@ from flax import nnx
 
 import sharding
 from configs import base
-from tests.contract.cases import WIDTH, Case, cases, inputs, two_documents
+from tests.contract.cases import WIDTH, Case, cases, inputs, one_of_each, two_documents
 
 # Optimising tiny programs costs far more than running them.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -28,6 +28,9 @@ def eight_heads(case: Case) -> Case:
 
 
 CASES = pytest.mark.parametrize("case", [eight_heads(case) for case in cases()], ids=lambda case: case.name)
+# A case of each layer on 2, 4 and 8 devices, the others on 8.
+SPREAD = [(eight_heads(case), parts) for case in one_of_each() for parts in (2, 4)]
+SPREAD += [(eight_heads(case), 8) for case in cases()]
 
 
 def on_devices(parts: int) -> sharding.Layout:
@@ -61,8 +64,7 @@ def result(case: Case, parts: int, gradient: bool) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(program(*arguments)) if leaf.dtype == jnp.float32]
 
 
-@CASES
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize(("case", "parts"), SPREAD, ids=lambda each: getattr(each, "name", str(each)))
 def test_outputs_and_communication(case: Case, parts: int):
     (alone,) = result(case, 1, False)
     program, arguments, layout = compiled(case, parts, False)

@@ -1,4 +1,4 @@
-"""Every attention preset trains under every sharding preset as on one device, and sends what the preset says it sends.
+"""Attentions train under every sharding preset as on one device, and send what the preset says they send.
 
 Tolerance: losses of five steps agree to 1e-5 relative in float32. Sums over devices round in another order; measured
 differences are below 1e-6 of the loss.
@@ -20,7 +20,7 @@ from sharding import collectives
 from sharding.layout import name_of
 from training import setup
 
-ATTENTION = ("gqa", "mqa", "mla", "lightning", "sliding")
+ATTENTION = ("gqa", "mqa", "mla", "lightning")
 SHARDED = ("fsdp", "tp", "fsdp_tp")
 WIDTH, DEPTH, LENGTH, ROWS, TOKENS = 64, 3, 16, 8, 64
 TOKENIZER = SimpleNamespace(vocab_size=TOKENS)
@@ -34,12 +34,11 @@ ONCE = {WIDTH: 2, 1: 3}
 # into split heads or hidden units (gate and up among them), because this compiler adds after summing over devices.
 PER_LAYER = {
     "gqa": {WIDTH: 2 + 2 + 1},
-    "sliding": {WIDTH: 2 + 2 + 1},
     "mqa": {WIDTH: 2 + 2 + 1},
     "mla": {WIDTH: 2 + 2 + 1, 16: 2, 4: 1},  # Back into the latent through W_UK and W_UV, and into the rotated key.
     "lightning": {WIDTH: 2 + 2 + 4, 1: 2},  # The mean square of the output norm spans heads, as does its gradient.
 }
-KV_HEADS = {"gqa": 2, "sliding": 2, "mqa": 1}
+KV_HEADS = {"gqa": 2, "mqa": 1}
 HEAD_DIM = 8
 
 
@@ -50,7 +49,7 @@ def settings(variant: str, preset: str, **fields):
     model.width, model.depth, model.max_length, model.mlp.width = WIDTH, DEPTH, LENGTH, 96
     model.attention = options = attention.get(variant)
     small = {
-        "head_dim": HEAD_DIM, "window": 6, "sink_tokens": 2,
+        "head_dim": HEAD_DIM,
         "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
     }  # fmt: skip
     options.update({name: value for name, value in small.items() if options.get(name)})

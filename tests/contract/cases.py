@@ -110,6 +110,11 @@ def cases() -> list[Case]:
     return [Case(name, name) for name in presets.names()] + list(EXTRA)
 
 
+def one_of_each() -> list[Case]:
+    """The first case of every layer."""
+    return list({case.options()["layer"]: case for case in reversed(cases())}.values())
+
+
 def inputs(length: int, batch: int = 2, dtype: str = "float32", seed: int = 0) -> jax.Array:
     """Hidden states [batch, length, WIDTH]."""
     return jax.random.normal(jax.random.key(seed), (batch, length, WIDTH), dtype)
