@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
         from training import converting
 
         with told():
-            return converting.main(list(argv[1:]))
+            return converting.main(list(argv[1:]), Parser)
     if argv and argv[0] == "report":
         return reporting(list(argv[1:]))
     if argv and argv[0] == "claims":

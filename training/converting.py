@@ -115,17 +115,17 @@ def _texts(
     return np.concatenate(found)[:rows], np.stack(held_out)[:report_rows] if held_out else None
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command line `eval.py convert`; returns the exit status."""
-    flags = argparse.ArgumentParser(prog="eval.py convert", description=__doc__, allow_abbrev=False,
+def main(argv: Sequence[str], parser: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> int:
+    """The command line `eval.py convert`; returns the exit status. The `parser` decides how mistakes are told."""
+    flags = parser(prog="eval.py convert", description=__doc__, allow_abbrev=False,
                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     flags.add_argument("run", metavar="RUN", help="a run folder whose attention is MLA")
     flags.add_argument("--output", "-o", required=True, metavar="DIR", help="the new run folder")
-    flags.add_argument("--mode", default="tpla_pd", help=", ".join(conversion.tpla.MODES))
+    flags.add_argument("--mode", default="tpla_pd", choices=conversion.tpla.MODES)
     flags.add_argument("--slices", type=int, default=2, help="parts of the latent")
-    flags.add_argument("--transform", default="pca", help=", ".join(conversion.tpla.TRANSFORMS))
-    flags.add_argument("--logit_factor", default="lsq", help=", ".join(conversion.tpla.LOGIT_FACTORS))
-    flags.add_argument("--norm_factor", default="auto", help=", ".join(conversion.tpla.NORM_FACTORS))
+    flags.add_argument("--transform", default="pca", choices=conversion.tpla.TRANSFORMS)
+    flags.add_argument("--logit_factor", default="lsq", choices=conversion.tpla.LOGIT_FACTORS)
+    flags.add_argument("--norm_factor", default="auto", choices=conversion.tpla.NORM_FACTORS)
     flags.add_argument("--norm", default="", help="slice or whole, where it should not be the mode's")
     flags.add_argument("--out_mode", default="allreduce", help="allreduce or scatter_heads")
     flags.add_argument("--pca_center", action="store_true", help="principal directions about the mean")
