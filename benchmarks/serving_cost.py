@@ -213,7 +213,8 @@ def draw(results: dict[str, Any], folder: pathlib.Path, devices: tuple[int, ...]
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
-    text = re.sub(r' transform="rotate\(-0 [^"]*\)"', "", buffer.getvalue())
+    text = re.sub(r" <metadata>.*?</metadata>\n", "", buffer.getvalue(), flags=re.DOTALL)  # It says nothing.
+    text = re.sub(r' transform="rotate\(-0 [^"]*\)"', "", text)
     return re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # Hundredths of a point are enough, and half the size.
 
 
