@@ -288,7 +288,7 @@ MISFITS = [
     (shapes(Q, K), {}, "without v, value_width"),
     (shapes(Q, K), dict(value_width=129), "1 to 128 columns"),
     (shapes(Q, K, K), dict(value_width=64), "leave it out"),
-    (shapes(Q, K, K), dict(window=0), "at least 1 key"),
+    (shapes(Q, K, K), dict(window=0), "at least 1 token"),
     (shapes(Q, K, K), dict(splits=0), "splits must be at least 1"),
     (shapes(Q, K, K), dict(sinks=jnp.zeros(7)), "one logit per query head"),
     (shapes(Q, K, K), dict(starts=jnp.zeros(2)), "starts must be 2 integers"),

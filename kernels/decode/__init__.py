@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import dispatch
 from kernels.decode import cost, limits, reference, xla
-from kernels.decode.call import Call, Inputs
+from kernels.decode.call import Call, Inputs, check_rows
 from kernels.decode.combine import combine
 from kernels.varying import alike
 
@@ -65,7 +65,7 @@ def decode_attention(
     Raises: `ValueError` for shapes, types or options that do not fit; `NotImplementedError` where the named
     implementation cannot do the case.
     """
-    _check("decode_attention", q, k, v, lengths, value_width, starts, window, sinks, splits)
+    _check("decode_attention", q, k, v, None, lengths, value_width, starts, window, sinks, splits)
     if q.shape[0] != k.shape[0]:
         raise ValueError(f"decode_attention: q {q.shape} and k {k.shape} differ in batch")
     options: dict[str, Any] = dict(value_width=value_width, starts=starts, window=window, sinks=sinks)
@@ -95,9 +95,7 @@ def paged_decode_attention(
     results and errors are otherwise those of `decode_attention`.
     """
     name = "paged_decode_attention"
-    _check(name, q, k_pages, v_pages, lengths, value_width, starts, window, sinks, splits)
-    if block_table.ndim != 2 or block_table.shape[0] != q.shape[0] or not _integer(block_table):
-        raise ValueError(f"{name}: block_table must be integers [B, n] with B = {q.shape[0]}, not {_seen(block_table)}")
+    _check(name, q, k_pages, v_pages, block_table, lengths, value_width, starts, window, sinks, splits)
     options: dict[str, Any] = dict(value_width=value_width, starts=starts, window=window, sinks=sinks)
     table = block_table.astype(jnp.int32)
     return _run(
@@ -144,17 +142,9 @@ def _backward(function: Callable[..., Any], call: Call, inputs: Inputs, cotangen
 _attend.defvjp(_forward, _backward)
 
 
-def _integer(x: Array) -> bool:
-    return bool(jnp.issubdtype(x.dtype, jnp.integer))
-
-
-def _seen(x: Array) -> str:
-    return f"{x.dtype}{list(x.shape)}"
-
-
 def _check(
-    name: str, q: Array, k: Array, v: Array | None, lengths: Array, value_width: Any, starts: Any, window: Any,
-    sinks: Any, splits: Any,
+    name: str, q: Array, k: Array, v: Array | None, table: Array | None, lengths: Array, value_width: Any, starts: Any,
+    window: Any, sinks: Any, splits: Any,
 ) -> None:  # fmt: skip
     for what, x in (("q", q), ("k", k), ("v", v)):
         if x is not None and x.ndim != 4:
@@ -172,12 +162,6 @@ def _check(
         raise ValueError(f"{name}: without v, value_width must be 1 to {k.shape[3]} columns of k, not {value_width}")
     if v is not None and value_width not in (None, v.shape[3]):
         raise ValueError(f"{name}: value_width {value_width} is not the width of v {v.shape}: leave it out")
-    for what, x in (("lengths", lengths), ("starts", starts)):
-        if x is not None and (x.shape != q.shape[:1] or not _integer(x)):
-            raise ValueError(f"{name}: {what} must be {q.shape[0]} integers, one per row, not {_seen(x)}")
-    if window is not None and window < 1:
-        raise ValueError(f"{name}: a window holds at least 1 key, not {window}: None is no window")
     if sinks is not None and sinks.shape != q.shape[2:3]:
         raise ValueError(f"{name}: sinks must hold one logit per query head {q.shape[2:3]}, not {sinks.shape}")
-    if splits is not None and splits < 1:
-        raise ValueError(f"{name}: splits must be at least 1, not {splits}")
+    check_rows(name, q.shape[0], lengths, starts, table, window, splits)

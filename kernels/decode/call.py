@@ -1,8 +1,9 @@
 """What every form of decode attention is called with."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
@@ -32,3 +33,26 @@ class Inputs(NamedTuple):
     def slots(self) -> int:
         """Places of a row's cache."""
         return self.k.shape[1] * (1 if self.table is None else self.table.shape[1])
+
+
+def integer(x: Array) -> bool:
+    """Whether an array holds whole numbers."""
+    return bool(jnp.issubdtype(x.dtype, jnp.integer))
+
+
+def seen(x: Array) -> str:
+    """An array as messages show it."""
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def check_rows(name: str, batch: int, lengths: Array, starts: Any, table: Any, window: Any, splits: Any) -> None:
+    """`ValueError` for what says which places of a cache the rows see, where it does not fit a batch of this size."""
+    if table is not None and (table.ndim != 2 or table.shape[0] != batch or not integer(table)):
+        raise ValueError(f"{name}: block_table must be integers [B, n] with B = {batch}, not {seen(table)}")
+    for what, x in (("lengths", lengths), ("starts", starts)):
+        if x is not None and (x.shape != (batch,) or not integer(x)):
+            raise ValueError(f"{name}: {what} must be {batch} integers, one per row, not {seen(x)}")
+    if window is not None and window < 1:
+        raise ValueError(f"{name}: a window holds at least 1 token, not {window}: None is no window")
+    if splits is not None and splits < 1:
+        raise ValueError(f"{name}: splits must be at least 1, not {splits}")

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from kernels import dispatch
 from kernels.decode import decode_attention, paged_decode_attention
-from kernels.decode.call import Call
+from kernels.decode.call import Call, check_rows, seen
 from kernels.latent_decode import cost, limits, reference, xla
 from kernels.latent_decode.call import Inputs
 from kernels.latent_decode.quantise import MOST, Quantised, dequantise, quantise
@@ -174,20 +174,8 @@ def _check(
             raise ValueError(f"{name}: scales must be one per token and block of channels, not {_seen(latent)}")
     if table is None and q.shape[0] != values.shape[0]:
         raise ValueError(f"{name}: q_latent {q.shape} and latent {values.shape} differ in batch")
-    if table is not None and (table.ndim != 2 or table.shape[0] != q.shape[0] or not _integer(table)):
-        raise ValueError(f"{name}: block_table must be integers [B, n] with B = {q.shape[0]}, not {_seen(table)}")
-    for what, x in (("lengths", lengths), ("starts", starts)):
-        if x is not None and (x.shape != q.shape[:1] or not _integer(x)):
-            raise ValueError(f"{name}: {what} must be {q.shape[0]} integers, one per row, not {_seen(x)}")
-    if window is not None and window < 1:
-        raise ValueError(f"{name}: a window holds at least 1 token, not {window}: None is no window")
-    if splits is not None and splits < 1:
-        raise ValueError(f"{name}: splits must be at least 1, not {splits}")
-
-
-def _integer(x: Array) -> bool:
-    return bool(jnp.issubdtype(x.dtype, jnp.integer))
+    check_rows(name, q.shape[0], lengths, starts, table, window, splits)
 
 
 def _seen(*arrays: Any) -> str:
-    return ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(arrays))
+    return ", ".join(seen(x) for x in jax.tree.leaves(arrays))

@@ -4,9 +4,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 from flax import nnx
+from jaxtyping import Array
 
 from configs.errors import ConfigError
+from kernels import tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,3 +41,27 @@ class Teacher:
                 f"{student.vocab_size}: both must be trained with one tokenizer"
             )
         return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught:
+    """An objective with a teacher: a loss of (model, batch, rng, frozen), `frozen` being the teacher's arrays."""
+
+    options: ml_collections.ConfigDict
+    teacher: Teacher
+
+    @property
+    def frozen(self) -> Any:
+        """The arrays that the step is given besides the state and the batch."""
+        return self.teacher.arrays
+
+    @staticmethod
+    def context(batch: dict[str, Array]) -> tokens.Tokens:
+        """What is known of the batch's tokens."""
+        return tokens.packed(batch["segment"], batch["position"].astype(jnp.float32))
+
+    @staticmethod
+    def weights(batch: dict[str, Array]) -> Array:
+        """The share of each token in a mean; all 0 in a batch of nothing but padding."""
+        count = jnp.sum(batch["weight"])
+        return batch["weight"] * jnp.where(count > 0, 1 / jnp.where(count > 0, count, 1), 0)

@@ -1,6 +1,5 @@
 """Another network's hidden states, matched layer by layer (the first stage of TPLA's alignment, arXiv 2508.15881)."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -9,8 +8,7 @@ import ml_collections
 from jaxtyping import Array
 
 from configs.errors import ConfigError
-from kernels import tokens
-from training.objectives._teacher import Teacher
+from training.objectives._teacher import Taught, Teacher
 
 
 def build(options: ml_collections.ConfigDict, layout: Any = None) -> "Layerwise":
@@ -23,38 +21,25 @@ def build(options: ml_collections.ConfigDict, layout: Any = None) -> "Layerwise"
     return Layerwise(options, Teacher.load(options.teacher, layout))
 
 
-@dataclasses.dataclass(frozen=True)
-class Layerwise:
-    """A loss of (model, batch, rng, frozen), `frozen` being the teacher's arrays."""
-
-    options: ml_collections.ConfigDict
-    teacher: Teacher
-
-    @property
-    def frozen(self) -> Any:
-        """The arrays that the step is given besides the state and the batch."""
-        return self.teacher.arrays
+class Layerwise(Taught):
+    """The mean over layers, weighted tokens and channels; each layer's part is a metric."""
 
     def __call__(self, model: Any, batch: dict[str, Array], rng: Array, frozen: Any) -> tuple[Array, dict[str, Array]]:
-        """The mean over layers, weighted tokens and channels; each layer's part is a metric."""
         del rng
-        context = tokens.packed(batch["segment"], batch["position"].astype(jnp.float32))
-        teacher = self.teacher.model(frozen, model)
+        context, weights, teacher = self.context(batch), self.weights(batch), self.teacher.model(frozen, model)
         if (teacher.depth, teacher.setting.width) != (model.depth, model.setting.width):
             raise ConfigError(
                 f"config.objective.teacher has {teacher.depth} layers of width {teacher.setting.width}, the model "
                 f"{model.depth} of {model.setting.width}: layers can only be matched one to one"
             )
-        weight = batch["weight"] / jnp.maximum(jnp.sum(batch["weight"]), 1)
-        theirs = teacher.embedding(batch["inputs"])
-        ours = model.embedding(batch["inputs"])
+        theirs, ours = teacher.embedding(batch["inputs"]), model.embedding(batch["inputs"])
         metrics, loss = {}, jnp.float32(0)
         for layer, (own, taught) in enumerate(zip(model.layers(), teacher.layers(), strict=True)):
             given = theirs if self.options.layer_inputs == "teacher" else ours
             ours, _, aux = own(given, context, None, None, layer)
             theirs = jax.lax.stop_gradient(taught(theirs, context, None, None, layer)[0])
             square = jnp.mean(jnp.square((ours - theirs).astype(jnp.float32)), axis=-1)
-            metrics[f"layer {layer}"] = jnp.sum(weight * square)
+            metrics[f"layer {layer}"] = jnp.sum(weights * square)
             loss = loss + metrics[f"layer {layer}"] / model.depth
             loss = loss + sum(value for name, value in aux.items() if name.startswith("loss/"))
         return loss, metrics
