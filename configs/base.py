@@ -42,6 +42,7 @@ def model() -> ml_collections.ConfigDict:
     config.mlp.kind = "swiglu"  # swiglu | gelu | relu2 (squared ReLU).
     config.mlp.width = 704  # Hidden width.
     config.mlp.bias = False
+    config.mlp.experts = experts()
     config.norm = ml_collections.ConfigDict()
     config.norm.kind = "rms"  # rms | layer | srms (RMS without a gain).
     config.norm.epsilon = 1e-6
@@ -54,6 +55,26 @@ def model() -> ml_collections.ConfigDict:
     config.scan_layers = "auto"  # Equal blocks in one lax.scan: "always", "never", "auto" (not on one CPU device).
     config.remat = "none"  # none | full | dots (keep matrix products) : what the backward pass recomputes.
     config.attention_implementation = ""  # "" chooses by platform and shape; a name obeys or raises.
+    return config
+
+
+def experts() -> ml_collections.ConfigDict:
+    """A mixture of experts in place of a dense MLP, of the kind `mlp.kind`."""
+    config = ml_collections.ConfigDict()
+    config.count = 0  # Routed experts; 0 is a dense MLP.
+    config.chosen = 2  # Experts a token is sent to; every one of them gets it (no capacity, no dropped token).
+    config.width = 0  # Hidden width of an expert; 0 takes mlp.width.
+    config.shared = 0  # Experts that get every token, kept as one dense MLP of width shared * width.
+    config.router = "softmax"  # How logits become scores: softmax | sigmoid (DeepSeek-V3).
+    config.correction = False  # A constant per expert, added to its score when experts are chosen and only then.
+    config.groups = 1  # Experts come in so many groups of neighbours ...
+    config.groups_chosen = 1  # ... of which only the best so many may be chosen from.
+    config.group_score = "max"  # What a group is worth: its best score | top2, the sum of its best two.
+    config.renormalise = True  # The chosen experts' weights sum to 1 (before scale).
+    config.scale = 1.0  # The routed experts' weights are multiplied by this last.
+    config.balance = 0.0  # Weight of the load-balance loss; it adds "loss/balance".
+    config.balance_form = "switch"  # Load and score averaged over: switch (the whole batch) | sequence (each row).
+    config.z_loss = 0.0  # Weight of mean(logsumexp(router logits)^2); it adds "loss/router_z".
     return config
 
 
