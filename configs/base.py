@@ -39,13 +39,20 @@ def model() -> ml_collections.ConfigDict:
     config.attention = attention.get("gqa")  # The mixer of every block; fields in configs/attention/<preset>.py.
     config.per_layer = ()  # Exceptions, ((blocks, {field: value}), ...), e.g. (("1::2", {"attention.window": 128}),).
     config.mlp = ml_collections.ConfigDict()
-    config.mlp.kind = "swiglu"  # swiglu | gelu | relu2 (squared ReLU).
+    config.mlp.kind = "swiglu"  # swiglu | geglu | gelu | relu2 (squared ReLU).
     config.mlp.width = 704  # Hidden width.
     config.mlp.bias = False
     config.mlp.experts = experts()
     config.norm = ml_collections.ConfigDict()
     config.norm.kind = "rms"  # rms | layer | srms (RMS without a gain).
     config.norm.epsilon = 1e-6
+    config.norm.offset = 0.0  # Added to the stored gain (1 in Gemma).
+    config.residual = ml_collections.ConfigDict()
+    config.residual.form = "pre"  # Norms: pre | sandwich (after too: Gemma 2) | carried (residual normed: MiniMax).
+    config.residual.keep_attention = 1.0  # x = keep x + gain attention(norm(x)), and so on.
+    config.residual.gain_attention = 1.0
+    config.residual.keep_mlp = 1.0
+    config.residual.gain_mlp = 1.0
     config.tie_embeddings = True  # Output matrix = transposed input embedding.
     config.embedding_scale = 1.0  # Input embeddings are multiplied by this.
     config.logit_cap = 0.0  # c * tanh(logits / c); 0 switches it off.
@@ -72,9 +79,9 @@ def experts() -> ml_collections.ConfigDict:
     config.group_score = "max"  # What a group is worth: its best score | top2, the sum of its best two.
     config.renormalise = True  # The chosen experts' weights sum to 1 (before scale).
     config.scale = 1.0  # The routed experts' weights are multiplied by this last.
-    config.balance = 0.0  # Weight of the load-balance loss; it adds "loss/balance".
+    config.balance = 0.0  # Weight of the load-balance loss; it adds "loss/expert_balance".
     config.balance_form = "switch"  # Load and score averaged over: switch (the whole batch) | sequence (each row).
-    config.z_loss = 0.0  # Weight of mean(logsumexp(router logits)^2); it adds "loss/router_z".
+    config.z_loss = 0.0  # Weight of mean(logsumexp(router logits)^2); it adds "loss/expert_z".
     return config
 
 

@@ -18,7 +18,7 @@ from configs.errors import ConfigError, nearest
 PRESETS: dict[str, Callable[[str], ml_collections.ConfigDict]] = {"model.attention": attention.get}
 
 # Fields under these may hold a tuple, one value per block.
-_PER_BLOCK = ("model.attention.", "model.mlp.", "model.norm.")
+_PER_BLOCK = ("model.attention.", "model.mlp.", "model.norm.", "model.residual.")
 
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "a tuple"}
 

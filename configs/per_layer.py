@@ -8,11 +8,11 @@ import ml_collections
 from configs.errors import ConfigError
 from configs.fields import apply
 
-PARTS = ("attention", "mlp", "norm")
+PARTS = ("attention", "mlp", "norm", "residual")
 
 
 def expand(model: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
-    """The attention, mlp and norm of `config.model` as its blocks see them; equal neighbours are listed once.
+    """The parts of `config.model` as its blocks see them; equal neighbours are listed once.
 
     An entry of `per_layer` is (blocks, {dotted field: value}); blocks is a number (`"0"`, `"-1"`) or a slice
     (`"1::2"`), and "attention" alone takes all the options of another variant. A field that holds a tuple gives one

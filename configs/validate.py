@@ -51,16 +51,46 @@ def _model(rules: Rules) -> None:
 
 def _block(rules: Rules) -> None:
     mlp = rules.below("mlp")
-    mlp.one_of("kind", ("swiglu", "gelu", "relu2"))
+    mlp.one_of("kind", ("swiglu", "geglu", "gelu", "relu2"))
     mlp.whole("width")
     mlp.switch("bias")
+    _experts(mlp, mlp.below("experts"))
     norm = rules.below("norm")
     norm.one_of("kind", ("rms", "layer", "srms"))
     norm.number("epsilon", above=0)
+    norm.number("offset", least=0, most=1)
+    residual = rules.below("residual")
+    residual.one_of("form", ("pre", "sandwich", "carried"))
+    residual.number("keep_attention", "gain_attention", "keep_mlp", "gain_mlp", above=0)
     options = rules.below("attention")
     if options["layer"] not in attention.names():
         raise ConfigError(unknown("config.model.attention.layer", str(options["layer"]), attention.names()))
     importlib.import_module(f"configs.attention.{options['layer']}").check(options)
+
+
+def _experts(mlp: Rules, rules: Rules) -> None:
+    rules.whole("count", "width", "shared", least=0)
+    rules.whole("chosen", "groups", "groups_chosen")
+    rules.one_of("router", ("softmax", "sigmoid"))
+    rules.one_of("group_score", ("max", "top2"))
+    rules.one_of("balance_form", ("switch", "sequence"))
+    rules.switch("correction", "renormalise")
+    rules.number("scale", above=0)
+    rules.number("balance", "z_loss", least=0)
+    if not rules["count"]:
+        return
+    if mlp["bias"]:
+        mlp.fail("bias", f"must be false where {rules.name}.count is above 0: experts have no biases")
+    if rules["chosen"] > rules["count"]:
+        rules.fail("chosen", f"must not exceed {rules.name}.count = {rules['count']}")
+    rules.divides("groups", "count")
+    size = rules["count"] // rules["groups"]
+    if rules["groups_chosen"] > rules["groups"]:
+        rules.fail("groups_chosen", f"must not exceed {rules.name}.groups = {rules['groups']}")
+    if rules["chosen"] > rules["groups_chosen"] * size:
+        rules.fail("chosen", f"must not exceed the {rules['groups_chosen'] * size} experts of the groups chosen")
+    if rules["group_score"] == "top2" and rules["groups_chosen"] < rules["groups"] and size < 2:
+        rules.fail("group_score", f"needs two experts or more in a group: lower {rules.name}.groups")
 
 
 def _data(rules: Rules) -> None:

@@ -26,16 +26,24 @@ def rms_normalise(x: Float[Array, "... D"], epsilon: float) -> Float[Array, "...
 class Norm(nnx.Module):
     """`rms` (Zhang and Sennrich 2019), `layer` (Ba et al. 2016), or `srms`: RMS without a gain (TransNormerLLM).
 
-    `axis` is the logical axis of the gain; None replicates it.
+    `axis` is the logical axis of the gain; None replicates it. The gain is what is stored plus `offset` (1 in Gemma).
     """
 
     def __init__(
-        self, setting: Setting, width: int, *, kind: str = "rms", epsilon: float = 1e-6, axis: Any = None
+        self,
+        setting: Setting,
+        width: int,
+        *,
+        kind: str = "rms",
+        epsilon: float = 1e-6,
+        offset: float = 0.0,
+        axis: Any = None,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"norm kind {kind!r} is not one of {', '.join(KINDS)}")
-        self.kind, self.epsilon = kind, epsilon
-        self.gain = None if kind == "srms" else nnx.Param(jnp.ones((width,), setting.param_dtype), axes=(axis,))
+        self.kind, self.epsilon, self.offset = kind, epsilon, offset
+        stored = jnp.full((width,), 1 - offset, setting.param_dtype)
+        self.gain = None if kind == "srms" else nnx.Param(stored, axes=(axis,))
         self.bias = nnx.Param(jnp.zeros((width,), setting.param_dtype), axes=(axis,)) if kind == "layer" else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -44,6 +52,10 @@ class Norm(nnx.Module):
             wide = widened(x)
             wide = wide - jnp.mean(wide, -1, keepdims=True)
             x = (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)).astype(x.dtype)
-            return x * self.gain[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+            return x * self._factor(x) + self.bias[...].astype(x.dtype)
         x = rms_normalise(x, self.epsilon)
-        return x if self.gain is None else x * self.gain[...].astype(x.dtype)
+        return x if self.gain is None else x * self._factor(x)
+
+    def _factor(self, x: Float[Array, "... D"]) -> Float[Array, "D"]:
+        gain = self.gain[...]
+        return (gain if not self.offset else widened(gain) + self.offset).astype(x.dtype)

@@ -15,7 +15,8 @@ LAYOUTS = ("half", "interleaved")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Frequencies and layout; field meanings in `configs/rope.py`. theta 0 leaves vectors unrotated.
+    """Frequencies and layout; field meanings in `configs/rope.py`. theta 0 leaves vectors unrotated, `share` below 1
+    the last channels of each.
 
     Sources: linear, Chen et al. 2023 (arXiv 2306.15595); ntk, the fixed change of base
     theta * factor^(d / (d - 2)); yarn, Peng et al. 2023 (arXiv 2309.00071) with DeepSeek's two factors;
@@ -33,6 +34,7 @@ class Rope:
     mscale_all_dim: float = 0.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.scaling not in SCALINGS:
@@ -90,7 +92,12 @@ class Rope:
         """x with channel pair i turned by position * frequency_i; angles in float32, result in x's dtype."""
         if not self.theta:
             return x
-        return rotate(x, position, jnp.asarray(self.frequencies(x.shape[-1]), jnp.float32), self.amplitude, self.layout)
+        turned = int(x.shape[-1] * self.share)
+        frequencies = jnp.asarray(self.frequencies(turned), jnp.float32)
+        if turned == x.shape[-1]:
+            return rotate(x, position, frequencies, self.amplitude, self.layout)
+        first = rotate(x[..., :turned], position, frequencies, self.amplitude, self.layout)
+        return jnp.concatenate([first, x[..., turned:]], axis=-1)
 
 
 def rotate(

@@ -15,7 +15,7 @@ from layers.cache import Caches, LayerCache
 from layers.embedding import Embedding
 from layers.hooks import Hooks
 from layers.linear import Linear
-from layers.mlp import MLP
+from layers.moe import Experts, channel_mixer
 from layers.norm import Norm
 from layers.rope import Rope
 from layers.setting import Setting
@@ -44,7 +44,12 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: x += attention(norm(x)); x += mlp(norm(x))."""
+    """Attention, then the channel mixer, each in a residual: x = keep x + gain f(norm(x)).
+
+    `residual` of the spec: `form` "pre", that; "sandwich": f is normed once more before it is added (Gemma 2, arXiv
+    2408.00118); "carried": keep multiplies norm(x) (MiniMax-01, arXiv 2501.08313). keep and gain are 1 in most
+    networks.
+    """
 
     def __init__(self, setting: Setting, spec: Spec, *, layer_index: int, rngs: nnx.Rngs) -> None:
         options = dict(spec["attention"])
@@ -54,15 +59,32 @@ class Block(nnx.Module):
         self.attention_norm = Norm(setting, setting.width, **spec["norm"])
         self.attention = variant(setting, layer_index=layer_index, rngs=rngs, **options)
         self.mlp_norm = Norm(setting, setting.width, **spec["norm"])
-        self.mlp = MLP(setting, rngs=rngs, **spec["mlp"])
+        residual = dict(spec["residual"])
+        self.carried, sandwich = residual["form"] == "carried", residual["form"] == "sandwich"
+        self.attention_out_norm = Norm(setting, setting.width, **spec["norm"]) if sandwich else None
+        self.mlp_out_norm = Norm(setting, setting.width, **spec["norm"]) if sandwich else None
+        parts = ("attention", "mlp")
+        self.keep, self.gain = (
+            tuple(residual.get(f"{kind}_{part}", 1.0) for part in parts) for kind in ("keep", "gain")
+        )
+        self.mlp = channel_mixer(setting, rngs=rngs, **spec["mlp"])
 
     def __call__(
         self, x: Float[Array, "B T D"], tokens: Tokens, cache: LayerCache | None, hooks: Hooks | None, layer: int
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, dict[str, Array]]:
-        mixed = self.attention(self.attention_norm(x), tokens, cache, hooks, layer)
-        x = logical.constrain(x + mixed.out, _ACTIVATIONS)
-        x = logical.constrain(x + self.mlp(self.mlp_norm(x)), _ACTIVATIONS)
-        return x, mixed.cache, mixed.aux
+        normed = self.attention_norm(x)
+        mixed = self.attention(normed, tokens, cache, hooks, layer)
+        x = self._joined(0, x, normed, mixed.out, self.attention_out_norm)
+        normed = self.mlp_norm(x)
+        out, losses = self.mlp(normed, tokens) if isinstance(self.mlp, Experts) else (self.mlp(normed), {})
+        x = self._joined(1, x, normed, out, self.mlp_out_norm)
+        return x, mixed.cache, {**mixed.aux, **losses}
+
+    def _joined(self, part: int, x: Array, normed: Array, out: Array, norm: Norm | None) -> Float[Array, "B T D"]:
+        keep, gain = self.keep[part], self.gain[part]
+        stream, out = normed if self.carried else x, out if norm is None else norm(out)
+        stream, out = stream if keep == 1 else keep * stream, out if gain == 1 else gain * out
+        return logical.constrain(stream + out, _ACTIVATIONS)
 
 
 class Stack(nnx.Module):

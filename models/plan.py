@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Spec = dict[str, Any]
+PARTS = ("attention", "mlp", "norm", "residual")
 
 
 def layer_specs(config: Mapping[str, Any]) -> list[Spec]:
-    """One `{"attention": {...}, "mlp": {...}, "norm": {...}}` per layer, from `config.model`.
+    """One `{"attention": {...}, "mlp": {...}, "norm": {...}, "residual": {...}}` per layer, from `config.model`.
 
     `per_layer` gives exceptions: a Python slice over the layers ("0", "-1", ":4", "1::2") and the fields it changes,
     dotted; "attention" alone takes a whole mapping (another variant). A field that holds a tuple gives one value per
@@ -17,7 +18,7 @@ def layer_specs(config: Mapping[str, Any]) -> list[Spec]:
         ValueError: a slice or a field that does not exist.
     """
     depth = config["depth"]
-    specs = [{part: _plain(config[part]) for part in ("attention", "mlp", "norm")} for _ in range(depth)]
+    specs = [{part: _plain(config[part]) for part in PARTS} for _ in range(depth)]
     for selector, changes in config["per_layer"]:
         for index in _selected(selector, depth):
             for field, value in dict(changes).items():

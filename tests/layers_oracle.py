@@ -110,8 +110,9 @@ def llama31(dim, base, factor, original, low_freq_factor, high_freq_factor) -> l
 
 
 def rotate(x: np.ndarray, position: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """x [B, T, H, D]: each pair of channels as one complex number, times amplitude e^(i position frequency)."""
-    turned, half = np.array(x), x.shape[-1] // 2
+    """x [B, T, H, D]: each pair of channels as one complex number, times amplitude e^(i position frequency); channels
+    behind those with a frequency are left alone."""
+    turned, half = np.array(x), len(rotation.frequencies)
     for i, frequency in enumerate(rotation.frequencies):
         first, second = (i, i + half) if rotation.layout == "half" else (2 * i, 2 * i + 1)
         z = (x[..., first] + 1j * x[..., second]) * rotation.amplitude * np.exp(1j * frequency * position)[..., None]
@@ -136,17 +137,23 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def dense(p: dict, name: str, x: np.ndarray, bias: bool = False) -> np.ndarray:
     return x @ p[f"{name}.weight"] + (p[f"{name}.bias"] if bias else 0)
 
 
 def mlp(p: dict, x: np.ndarray, kind: str, bias: bool) -> np.ndarray:
-    """SwiGLU (arXiv 2002.05202), GELU in its tanh form (arXiv 1606.08415), squared ReLU (arXiv 2109.08668)."""
+    """SwiGLU, GEGLU (arXiv 2002.05202), GELU in its tanh form (arXiv 1606.08415), squared ReLU (arXiv 2109.08668)."""
     up = dense(p, "up", x, bias)
     if kind == "swiglu":
         hidden = silu(dense(p, "gate", x, bias)) * up
+    elif kind == "geglu":
+        hidden = gelu(dense(p, "gate", x, bias)) * up
     elif kind == "gelu":
-        hidden = 0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        hidden = gelu(up)
     else:
         hidden = np.maximum(up, 0) ** 2
     return dense(p, "down", hidden, bias)
@@ -199,7 +206,8 @@ def softmax_heads(q, k, v, seen, *, scale, site, soft_cap=0.0, sinks=None) -> np
 
 def mha(
     p: dict, x, document, position, *, heads, kv_heads, head_dim, value_dim=0, window=0, sink_tokens=0,
-    learned_sinks=False, qk_norm=False, soft_cap=0.0, scale=0.0, qkv_bias=False, out_bias=False, rope, edits=None,
+    learned_sinks=False, qk_norm=False, norm_epsilon=1e-6, soft_cap=0.0, scale=0.0, qkv_bias=False,
+    out_bias=False, rope, edits=None,
 ) -> Sites:  # fmt: skip
     """Multi-head, grouped and multi-query attention; `rope` is a Rotation, or None for no positions."""
     site = Sites(edits)
@@ -208,7 +216,7 @@ def mha(
     k = dense(p, "key", x, qkv_bias).reshape(*x.shape[:2], kv_heads, head_dim)
     v = dense(p, "value", x, qkv_bias).reshape(*x.shape[:2], kv_heads, value_dim or head_dim)
     if qk_norm:
-        q, k = rms(q, p["query_norm.gain"]), rms(k, p["key_norm.gain"])
+        q, k = rms(q, p["query_norm.gain"], norm_epsilon), rms(k, p["key_norm.gain"], norm_epsilon)
     q = site("query_raw", q)
     if rope is not None:
         q, k = rotate(q, position, rope), rotate(k, position, rope)
@@ -222,7 +230,8 @@ def mha(
 
 def mla(
     p: dict, x, document, position, *, heads, q_lora_rank=0, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim,
-    v_head_dim, norm_epsilon=1e-6, scale=0.0, rope, edits=None,
+    v_head_dim, latent_norm="rms", norm_epsilon=1e-6, window=0, soft_cap=0.0, scale=0.0, query_down_bias=False,
+    query_bias=False, latent_bias=False, out_bias=False, rope, edits=None,
 ) -> Sites:  # fmt: skip
     """DeepSeek-V2 (arXiv 2405.04434), equations 9 to 19: keys and values expanded head by head, nothing absorbed."""
     site = Sites(edits)
@@ -230,21 +239,23 @@ def mla(
     batch, length, d_n, d_r = *x.shape[:2], qk_nope_head_dim, qk_rope_head_dim
     q = x
     if q_lora_rank:
-        q = rms(dense(p, "query_down", x), p["query_norm.gain"], norm_epsilon)
+        q = dense(p, "query_down", x, query_down_bias)
+        q = rms(q, p["query_norm.gain"], norm_epsilon) if latent_norm == "rms" else q
         assert q.shape[-1] == q_lora_rank
-    q = site("query_raw", dense(p, "query", q).reshape(batch, length, heads, d_n + d_r))
+    q = site("query_raw", dense(p, "query", q, query_bias).reshape(batch, length, heads, d_n + d_r))
     q = site("query", np.concatenate([q[..., :d_n], rotate(q[..., d_n:], position, rope)], -1))
-    latent = rms(dense(p, "latent", x), p["latent_norm.gain"], norm_epsilon)
+    latent = dense(p, "latent", x, latent_bias)
+    latent = rms(latent, p["latent_norm.gain"], norm_epsilon) if latent_norm == "rms" else latent
     assert latent.shape[-1] == kv_lora_rank
-    key_positions = rotate(dense(p, "rope_key", x)[:, :, None], position, rope)[:, :, 0]
+    key_positions = rotate(dense(p, "rope_key", x, latent_bias)[:, :, None], position, rope)[:, :, 0]
     k, v = np.zeros((batch, length, heads, d_n + d_r)), np.zeros((batch, length, heads, v_head_dim))
     for h in range(heads):
         k[:, :, h, :d_n] = latent @ p["key_up.weight"][:, h * d_n : (h + 1) * d_n]
         k[:, :, h, d_n:] = key_positions
         v[:, :, h] = latent @ p["value_up.weight"][:, h * v_head_dim : (h + 1) * v_head_dim]
     scale = (scale or 1 / math.sqrt(d_n + d_r)) * rope.logit_factor
-    out = softmax_heads(q, k, v, visible(document), scale=scale, site=site)
-    site("out", dense(p, "out", site("heads", out).reshape(batch, length, -1)))
+    out = softmax_heads(q, k, v, visible(document, window), scale=scale, site=site, soft_cap=soft_cap)
+    site("out", dense(p, "out", site("heads", out).reshape(batch, length, -1), out_bias))
     return site
 
 
@@ -266,7 +277,7 @@ def decay_rate(head: int, heads: int, layer: int, depth: int, rule: str, layer_f
 
 def lightning(
     p: dict, x, document, position, *, heads, head_dim, layer, depth, value_dim=0, decay="alibi", layer_factor=True,
-    activation="silu", gate=True, lrpe=False, norm_epsilon=1e-6, edits=None,
+    activation="silu", activate_values=False, gate="plain", norm_gain=False, lrpe=False, norm_epsilon=1e-6, edits=None,
 ) -> Sites:  # fmt: skip
     """Lightning attention (arXiv 2405.17381): KV_t = lambda KV_(t-1) + k_t v_t^T and o_t = q_t^T KV_t, by token."""
     site = Sites(edits)
@@ -275,6 +286,7 @@ def lightning(
     q = act(dense(p, "query", x)).reshape(*x.shape[:2], heads, head_dim)
     k = act(dense(p, "key", x)).reshape(*x.shape[:2], heads, head_dim)
     v = dense(p, "value", x).reshape(*x.shape[:2], heads, value_dim or head_dim)
+    v = act(v) if activate_values else v
     q = site("query_raw", q)
     if lrpe:
         angle = position[..., None, None] * p["theta"]
@@ -289,6 +301,10 @@ def lightning(
             state, last = (kept * state if document[b, t] == last else 0 * state), document[b, t]
             state = state + np.outer(k[b, t, h], v[b, t, h])
             out[b, t, h] = q[b, t, h] @ state
-    merged = rms(site("heads", out).reshape(*x.shape[:2], -1), epsilon=norm_epsilon)
-    site("out", dense(p, "out", merged * dense(p, "gate", x) if gate else merged))
+    gain = p["norm.gain"] if norm_gain else 1.0
+    merged = rms(site("heads", out).reshape(*x.shape[:2], -1), gain, norm_epsilon)
+    if gate != "none":
+        opened = dense(p, "gate", x)
+        merged = merged * (1 / (1 + np.exp(-opened)) if gate == "sigmoid" else opened)
+    site("out", dense(p, "out", merged))
     return site

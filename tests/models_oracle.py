@@ -40,12 +40,13 @@ def small(variant: str = "gqa", **changes: Any) -> dict[str, Any]:
 
 
 LIGHTNING, MLA = options("lightning", lrpe=False), options("mla")
-SWIGLU, NORM = dict(kind="swiglu", width=32, bias=False), dict(kind="rms", epsilon=1e-6)
+SWIGLU, NORM = dict(kind="swiglu", width=32, bias=False), base.model().norm.to_dict()
+RESIDUAL = base.model().residual.to_dict()
 
 
 def spec(attention: dict[str, Any], **mlp: Any) -> dict[str, dict[str, Any]]:
     """What one layer is, written out."""
-    return dict(attention=attention, mlp=SWIGLU | mlp, norm=NORM)
+    return dict(attention=attention, mlp=SWIGLU | mlp, norm=NORM, residual=RESIDUAL)
 
 
 # A config, whether it is scanned, its layers written out, and of each the place: stack, block in the pattern, round.
@@ -218,6 +219,14 @@ def decoder(model: DecoderLM, config: Mapping[str, Any], ids: np.ndarray) -> np.
     """Logits [B, T, vocabulary] of a decoder whose layers are all alike: softmax attention, SwiGLU, RMS norms."""
     chosen, (stack,) = config["attention"], model.stacks
     x = at(model, "embedding.table")[ids] * config["embedding_scale"]
+    residual = config["residual"]
+
+    def joined(part: str, x: np.ndarray, y: np.ndarray, out: np.ndarray, weight: Any) -> np.ndarray:
+        if residual["form"] == "sandwich":
+            out = _rms(out, weight(f"{part}_out_norm.gain"))
+        stream = y if residual["form"] == "carried" else x
+        return residual[f"keep_{part}"] * stream + residual[f"gain_{part}"] * out
+
     for layer in range(config["depth"]):
 
         def weight(path: str, layer: int = layer) -> np.ndarray:
@@ -225,10 +234,11 @@ def decoder(model: DecoderLM, config: Mapping[str, Any], ids: np.ndarray) -> np.
 
         y = _rms(x, weight("attention_norm.gain"))
         q, k, v = (y @ weight(f"attention.{name}.weight") for name in ("query", "key", "value"))
-        x = x + _attend(q, k, v, chosen) @ weight("attention.out.weight")
+        x = joined("attention", x, y, _attend(q, k, v, chosen) @ weight("attention.out.weight"), weight)
         y = _rms(x, weight("mlp_norm.gain"))
         gate = y @ weight("mlp.gate.weight")
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ weight("mlp.up.weight"))) @ weight("mlp.down.weight")
+        out = (gate / (1 + np.exp(-gate)) * (y @ weight("mlp.up.weight"))) @ weight("mlp.down.weight")
+        x = joined("mlp", x, y, out, weight)
     head = at(model, "embedding.table").T if config["tie_embeddings"] else at(model, "head.weight")
     logits = (_rms(x, at(model, "norm.gain")) @ head)[..., :VOCABULARY]
     cap = config["logit_cap"]

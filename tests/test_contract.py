@@ -1,7 +1,5 @@
 """The contract suite: runs by itself on every registered attention variant."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from flax import nnx
 import layers.attention
 from configs import attention as presets
 from kernels.tokens import sequence
+from layers.attention.contract import options
 from layers.hooks import Hooks, Tap
 from tests.contract import checks
 from tests.contract.cases import Case, cases, inputs, one_of_each, plain
@@ -38,10 +37,9 @@ def test_every_registered_layer_has_a_case():
 
 @pytest.mark.parametrize("preset", presets.names())
 def test_presets_name_the_constructor_options(preset):
-    options = presets.get(preset).to_dict()
-    signature = inspect.signature(layers.attention.get(options.pop("layer")).__init__)
-    own = set(signature.parameters) - {"self", "setting", "layer_index", "rngs"}
-    assert set(options) == own
+    named = presets.get(preset).to_dict()
+    layer = layers.attention.get(named.pop("layer"))
+    assert set(named) == options(layer)
 
 
 @CASES

@@ -216,6 +216,15 @@ def test_norms_of_bfloat16_take_their_statistics_in_float32(kind):
     assert np.mean(exact(found) == exact(jnp.asarray(wanted, jnp.bfloat16))) > 0.995
 
 
+def test_norm_with_an_offset():
+    """What is stored is the gain less 1: a new norm stores 0."""
+    with jax.enable_x64(True):
+        norm = Norm(Setting(7, param_dtype="float64"), 7, offset=1.0)
+        assert np.all(np.asarray(norm.gain[...]) == 0)
+        p, x = oracle.parameters(norm), draw(2, 3, 7)
+        assert relative(norm(jnp.asarray(x)), oracle.rms(x, 1 + p["gain"])) < 1e-14
+
+
 def test_norm_starts_as_the_identity_on_normalised_rows():
     x = draw(3, 8)
     for kind, wanted in (("rms", oracle.rms(x)), ("layer", oracle.layer_norm(x, 1, 0, 1e-6)), ("srms", oracle.rms(x))):
@@ -228,7 +237,7 @@ def test_norm_starts_as_the_identity_on_normalised_rows():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", ["swiglu", "gelu", "relu2"])
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu", "relu2"])
 def test_mlp(kind, bias):
     with jax.enable_x64(True):
         layer = MLP(Blank(6, param_dtype="float64"), kind=kind, width=11, bias=bias, rngs=nnx.Rngs(0))
@@ -244,8 +253,8 @@ def test_mlp_initialisation_and_refusal():
     layer = MLP(Setting(64, depth=8, init_std=0.1), width=128, rngs=nnx.Rngs(0))
     for part, std in ((layer.gate, 0.1), (layer.up, 0.1), (layer.down, 0.1 / 4)):
         assert math.isclose(np.std(part.weight[...]), std, rel_tol=0.05)
-    with pytest.raises(ValueError, match="'geglu' is not one of swiglu"):
-        MLP(Setting(6), kind="geglu", rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="'reglu' is not one of swiglu"):
+        MLP(Setting(6), kind="reglu", rngs=nnx.Rngs(0))
 
 
 # Embeddings and dense layers.

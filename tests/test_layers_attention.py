@@ -23,6 +23,10 @@ CLOSE = 1e-5  # Of float32, relative to the largest number.
 ROPES = {
     "none": (Rope(theta=0.0), lambda dim: None),
     "half": (Rope(theta=20.0), lambda dim: Rotation(tuple(oracle.plain_frequencies(dim, 20.0)))),
+    "share": (
+        Rope(theta=20.0, share=0.5),
+        lambda dim: Rotation(tuple(oracle.plain_frequencies(dim // 2, 20.0))),
+    ),
     "yarn": (
         Rope(20.0, "interleaved", "yarn", 6.0, 12, 1.5, 0.4, mscale=1.4, mscale_all_dim=0.7),
         lambda dim: oracle.yarn(dim, 20.0, 6.0, 12, 1.5, 0.4, 1.4, 0.7, "interleaved"),
@@ -84,13 +88,19 @@ CASES = {
         kv_heads=1, window=4, sink_tokens=1, qk_norm=True, soft_cap=1.5, learned_sinks=True, value_dim=5,
         qkv_bias=True, out_bias=True,
     ),
+    "partly_rotated": mha("share", head_dim=8),
+    "qk_norm_epsilon": mha(qk_norm=True, norm_epsilon=0.5),
     "mla": mla(),
+    "mla_biases": mla(q_lora_rank=8, query_down_bias=True, query_bias=True, latent_bias=True, out_bias=True),
+    "mla_window_soft_cap": mla(window=3, soft_cap=0.7, scale=0.9, query_bias=True),
+    "mla_no_norm": mla(q_lora_rank=8, latent_norm="none"),
     "mla_yarn": mla("yarn", q_lora_rank=8),
     "mla_scale_epsilon": mla("yarn", scale=0.6, norm_epsilon=0.5),
     "lightning": lightning(1),
     "lightning_6_heads": lightning(2, heads=6),
-    "lightning_paper": lightning(1, decay="paper", activation="elu1", gate=False),
+    "lightning_paper": lightning(1, decay="paper", activation="elu1", gate="none"),
     "lightning_paper_without_factor": lightning(1, decay="paper", layer_factor=False, norm_epsilon=0.5),
+    "lightning_minimax": lightning(1, activate_values=True, gate="sigmoid", norm_gain=True),
     "lightning_without_decay": lightning(decay="none", activation="none", value_dim=5),
     "lightning_lrpe": lightning(lrpe=True, value_dim=2, layer_factor=False),
 }  # fmt: skip

@@ -24,7 +24,21 @@ from layers.hooks import Hooks
 from models import budget
 from models.plan import layer_specs, segments
 from tests import models_oracle as oracle
-from tests.models_oracle import MIXED, MLA, NORM, ROWS, SWIGLU, VOCABULARY, built, call, options, scans, small, some_ids
+from tests.models_oracle import (
+    MIXED,
+    MLA,
+    NORM,
+    RESIDUAL,
+    ROWS,
+    SWIGLU,
+    VOCABULARY,
+    built,
+    call,
+    options,
+    scans,
+    small,
+    some_ids,
+)
 from training import setup
 
 
@@ -39,6 +53,10 @@ def quick_compilation():
 DECODERS = {
     "untied": small(),
     "tied, scaled and capped": small(tie_embeddings=True, embedding_scale=3.0, logit_cap=2.0, init_std=0.5),
+    "normed before and after": small(residual=RESIDUAL | dict(form="sandwich")),
+    "residual normed and scaled": small(
+        residual=dict(form="carried", keep_attention=1.3, gain_attention=0.7, keep_mlp=0.8, gain_mlp=1.6)
+    ),
     "windows and sinks, capped": small("sliding", logit_cap=4.0, init_std=0.5),
 }
 
@@ -315,14 +333,20 @@ def test_per_layer_exceptions():
     ))  # fmt: skip
     gqa = options("gqa")
     assert layer_specs(config) == [
-        dict(attention=gqa | dict(window=7), mlp=SWIGLU | dict(width=8), norm=NORM | dict(kind="layer")),
+        dict(
+            attention=gqa | dict(window=7),
+            mlp=SWIGLU | dict(width=8),
+            norm=NORM | dict(kind="layer"),
+            residual=RESIDUAL,
+        ),
         dict(
             attention=gqa | dict(window=9, rope=gqa["rope"] | dict(theta=5.0)),
             mlp=SWIGLU | dict(width=16),
             norm=NORM | dict(kind="layer"),
+            residual=RESIDUAL,
         ),
-        dict(attention=gqa, mlp=SWIGLU | dict(width=16), norm=NORM),
-        dict(attention=MLA, mlp=dict(kind="gelu", width=4, bias=True), norm=NORM),
+        dict(attention=gqa, mlp=SWIGLU | dict(width=16), norm=NORM, residual=RESIDUAL),
+        dict(attention=MLA, mlp=dict(kind="gelu", width=4, bias=True), norm=NORM, residual=RESIDUAL),
     ]
 
 

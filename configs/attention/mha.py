@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.sink_tokens = 0  # First tokens of a document that stay visible outside the window.
     config.learned_sinks = False  # One logit per head in the softmax denominator.
     config.qk_norm = False  # RMSNorm of each query and key head before rotation.
+    config.norm_epsilon = 1e-6  # Of qk_norm.
     config.soft_cap = 0.0  # c * tanh(scores / c); 0 switches it off.
     config.scale = 0.0  # Softmax scale; 0 means head_dim ** -0.5.
     config.qkv_bias = False
@@ -32,8 +33,9 @@ def check(rules: Rules) -> None:
     rules.divides("kv_heads", "heads")
     rules.switch("learned_sinks", "qk_norm", "qkv_bias", "out_bias")
     rules.number("soft_cap", "scale", least=0)
+    rules.number("norm_epsilon", above=0)
     if rules["sink_tokens"] and not rules["window"]:
         rules.fail("sink_tokens", f"needs a window: set {rules.name}.window")
     rope.check(rules.below("rope"))
     if rules["rope"].theta:
-        rules.even("head_dim", why="rotary positions turn pairs of channels")
+        rope.check_width(rules, "head_dim")

@@ -1,6 +1,7 @@
 """The contract that every attention variant fulfils, and the registry that finds variants by name."""
 
 import abc
+import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ class Attention(nnx.Module, abc.ABC):
     """
 
     setting: Setting
+    #: Options of the class it specialises that it leaves no choice of.
+    fixed: tuple[str, ...] = ()
     #: Causal variants pass the causality and decode tests; others declare False and are tested without.
     causal = True
 
@@ -101,6 +104,17 @@ def register(name: str):
 def variants() -> dict[str, type[Attention]]:
     """The registered variants by name."""
     return dict(sorted(_VARIANTS.items()))
+
+
+def options(variant: type[Attention]) -> set[str]:
+    """The names of a layer's own options: what its constructor takes, and what it hands on to that of its base."""
+    names: set[str] = set()
+    for kind in variant.__mro__:
+        parameters = inspect.signature(kind.__init__).parameters.values()
+        names |= {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            break
+    return names - {"layer_index", "rngs", *variant.fixed}
 
 
 def visible(mask: masks.Mask, keys: Tokens) -> masks.Mask:

@@ -15,10 +15,11 @@ from layers.attention.contract import NOWHERE, Attention, AttentionOutput, Setti
 from layers.cache import StateCache
 from layers.hooks import Hooks, LayerHooks
 from layers.linear import Linear
-from layers.norm import rms_normalise, widened
+from layers.norm import Norm, widened
 from layers.variables import Constant
 from sharding import logical
 
+GATES = ("plain", "sigmoid", "none")
 ACTIVATIONS = {"silu": jax.nn.silu, "elu1": lambda x: 1 + jax.nn.elu(x), "none": lambda x: x}
 
 
@@ -28,7 +29,9 @@ class LightningAttention(Attention):
     `configs/attention/lightning.py`.
 
     o_t = sum_{u<=t} lambda^(t-u) (q_t . k_u) v_u with q = phi(x W_q), k = phi(x W_k), no softmax, scale or
-    denominator; the heads are normalised together (RMS without gain over all of them), gated by x W_u, projected.
+    denominator; the heads are normalised together (RMS over all of them, without a gain unless `norm_gain`), gated by
+    x W_u ("plain") or its sigmoid, projected. MiniMax-01 (arXiv 2501.08313) has the sigmoid, the gain, and phi on v too
+    (`activate_values`).
     lambda = exp(-s), s fixed by head and layer; the paper's rule and the released code's differ, and `decay` chooses
     (default the released "alibi"). LRPE, where on, turns q and k into (x cos(theta t), x sin(theta t)) with
     learnt theta.
@@ -46,19 +49,26 @@ class LightningAttention(Attention):
         decay: str = "alibi",
         layer_factor: bool = True,
         activation: str = "silu",
-        gate: bool = True,
+        activate_values: bool = False,
+        gate: str = "plain",
+        norm_gain: bool = False,
         lrpe: bool = False,
         norm_epsilon: float = 1e-6,
     ) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(f"lightning activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        self.setting, self.activation, self.norm_epsilon = setting, activation, norm_epsilon
+        if gate not in GATES:
+            raise ValueError(f"lightning gate {gate!r} is not one of {', '.join(GATES)}")
+        self.setting, self.activation, self.activate_values = setting, activation, activate_values
+        self.gating = gate
         self.heads, self.head_dim, self.value_dim = heads, head_dim, value_dim or head_dim
         into: dict[str, Any] = dict(axes=("embed", "heads"), rngs=rngs)
         self.query = Linear(setting, setting.width, heads * head_dim, **into)
         self.key = Linear(setting, setting.width, heads * head_dim, **into)
         self.value = Linear(setting, setting.width, heads * self.value_dim, **into)
-        self.gate = Linear(setting, setting.width, heads * self.value_dim, **into) if gate else None
+        self.gate = Linear(setting, setting.width, heads * self.value_dim, **into) if gate != "none" else None
+        norm = "rms" if norm_gain else "srms"
+        self.norm = Norm(setting, heads * self.value_dim, kind=norm, epsilon=norm_epsilon, axis="heads")
         self.out = Linear(
             setting,
             heads * self.value_dim,
@@ -88,15 +98,16 @@ class LightningAttention(Attention):
         phi = ACTIVATIONS[self.activation]
         shape = (*x.shape[:2], self.heads, -1)
         q, k = (phi(project(x)).reshape(shape) for project in (self.query, self.key))
-        v = self.value(x).reshape(shape)
+        v = (phi(self.value(x)) if self.activate_values else self.value(x)).reshape(shape)
         q, k = self._phases(site("query_raw", q), tokens), self._phases(k, tokens)
         q = site("query", q)
         state = None if cache is None or cache.fresh else cache.state["kv"]
         heads, state = self._attend(q, k, v, tokens, state)
         heads = site("heads", heads).reshape(*x.shape[:2], -1)
-        heads = rms_normalise(heads, self.norm_epsilon)
+        heads = self.norm(heads)
         if self.gate is not None:
-            heads = heads * self.gate(x)
+            gate = self.gate(x)
+            heads = heads * (jax.nn.sigmoid(gate) if self.gating == "sigmoid" else gate)
         cache = None if cache is None else cache.advance({"kv": state}, tokens)
         return AttentionOutput(self.out(heads), cache, site.taken)
 
@@ -131,11 +142,16 @@ class LightningAttention(Attention):
     def parameter_count(self) -> int:
         values = 2 if self.gate is None else 3
         matrices = self.setting.width * self.heads * (2 * self.head_dim + values * self.value_dim)
-        return matrices + (0 if self.theta is None else self.heads * self.head_dim)
+        return matrices + self._vectors
+
+    @property
+    def _vectors(self) -> int:
+        """Parameters outside matrices."""
+        gain = 0 if self.norm.gain is None else self.heads * self.value_dim
+        return gain + (0 if self.theta is None else self.heads * self.head_dim)
 
     def flops(self, length: int) -> int:
-        phases = 0 if self.theta is None else self.heads * self.head_dim
-        projections = 2 * length * (self.parameter_count() - phases)
+        projections = 2 * length * (self.parameter_count() - self._vectors)
         return projections + cost.flops(length, self.heads, self._key_dim, self.value_dim)
 
     def cache_bytes(self, length: int, itemsize: int, parts: Mapping[str, int] = NOWHERE) -> int:

@@ -40,6 +40,7 @@ class MultiHeadAttention(Attention):
         sink_tokens: int = 0,
         learned_sinks: bool = False,
         qk_norm: bool = False,
+        norm_epsilon: float = 1e-6,
         soft_cap: float = 0.0,
         scale: float = 0.0,
         qkv_bias: bool = False,
@@ -67,8 +68,8 @@ class MultiHeadAttention(Attention):
             std=setting.residual_std,
             rngs=rngs,
         )
-        self.query_norm = Norm(setting, head_dim) if qk_norm else None
-        self.key_norm = Norm(setting, head_dim) if qk_norm else None
+        self.query_norm = Norm(setting, head_dim, epsilon=norm_epsilon) if qk_norm else None
+        self.key_norm = Norm(setting, head_dim, epsilon=norm_epsilon) if qk_norm else None
         self.sinks = nnx.Param(jnp.zeros((heads,), setting.param_dtype), axes=("heads",)) if learned_sinks else None
 
     @property

@@ -52,7 +52,13 @@ class MultiHeadLatentAttention(Attention):
         v_head_dim: int = 32,
         latent_norm: str = "rms",
         norm_epsilon: float = 1e-6,
+        window: int = 0,
+        soft_cap: float = 0.0,
         scale: float = 0.0,
+        query_down_bias: bool = False,
+        query_bias: bool = False,
+        latent_bias: bool = False,
+        out_bias: bool = False,
         rope: Rope = Rope(),  # noqa: B008 (frozen)
     ) -> None:
         if heads % latents:
@@ -61,25 +67,37 @@ class MultiHeadLatentAttention(Attention):
             raise ValueError(f"latent_norm must be rms or none, not {latent_norm!r}")
         self.setting, self.rope = setting, rope
         self.heads, self.latents, self.q_rank, self.rank = heads, latents, q_lora_rank, kv_lora_rank
+        self.window, self.soft_cap = window, soft_cap
         self.nope, self.rotary, self.value = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.scale = (scale or (self.nope + self.rotary) ** -0.5) * rope.logit_factor
         width, query_width, by_head = setting.width, heads * (self.nope + self.rotary), (self.head_axis, heads)
+        rms, made = latent_norm == "rms", latents * kv_lora_rank
         if q_lora_rank:
-            self.query_down = Linear(setting, width, q_lora_rank, axes=("embed", None), rngs=rngs)
-            self.query_norm = Norm(setting, q_lora_rank, epsilon=norm_epsilon)
+            self.query_down = Linear(setting, width, q_lora_rank, axes=("embed", None), bias=query_down_bias, rngs=rngs)
+            self.query_norm = Norm(setting, q_lora_rank, epsilon=norm_epsilon) if rms else None
         self.query = Linear(
-            setting, q_lora_rank or width, query_width, axes=(None if q_lora_rank else "embed", by_head), rngs=rngs
+            setting,
+            q_lora_rank or width,
+            query_width,
+            axes=(None if q_lora_rank else "embed", by_head),
+            bias=query_bias,
+            rngs=rngs,
         )
-        made = latents * kv_lora_rank
-        self.latent = Linear(setting, width, made, axes=("embed", self.latent_axis), rngs=rngs)
-        self.rope_key = Linear(setting, width, self.rotary, axes=("embed", None), rngs=rngs)
-        rms = latent_norm == "rms"
+        into: dict[str, Any] = dict(bias=latent_bias, rngs=rngs)
+        self.latent = Linear(setting, width, made, axes=("embed", self.latent_axis), **into)
+        self.rope_key = Linear(setting, width, self.rotary, axes=("embed", None), **into)
         self.latent_norm = Norm(setting, made, epsilon=norm_epsilon, axis=self.latent_axis) if rms else None
         channels = self.channel_axis
         self.key_up = Linear(setting, kv_lora_rank, heads * self.nope, axes=(channels, by_head), rngs=rngs)
         self.value_up = Linear(setting, kv_lora_rank, heads * self.value, axes=(channels, by_head), rngs=rngs)
         self.out = Linear(
-            setting, heads * self.value, width, axes=(self.out_axis, "embed"), std=setting.residual_std, rngs=rngs
+            setting,
+            heads * self.value,
+            width,
+            axes=(self.out_axis, "embed"),
+            bias=out_bias,
+            std=setting.residual_std,
+            rngs=rngs,
         )
 
     @property
@@ -112,7 +130,11 @@ class MultiHeadLatentAttention(Attention):
 
     def _query(self, x: Float[Array, "B T D"], tokens: Tokens, site: LayerHooks) -> Float[Array, "B T H K"]:
         """[q_n, q_r] of every head, q_r rotated."""
-        q = self.query(self.query_norm(self.query_down(x)) if self.q_rank else x)
+        if self.q_rank:
+            low = self.query_down(x)
+            q = self.query(low if self.query_norm is None else self.query_norm(low))
+        else:
+            q = self.query(x)
         q = site("query_raw", q.reshape(*x.shape[:2], self.heads, -1))
         q_nope, q_rope = jnp.split(q, [self.nope], axis=-1)
         return site("query", jnp.concatenate([q_nope, self.rope.rotate(q_rope, tokens.positions())], axis=-1))
@@ -147,10 +169,8 @@ class MultiHeadLatentAttention(Attention):
         keys = view.tokens
         read = self._from_latent if started else self._from_heads
         shared: dict[str, Any] = dict(mask=visible(self.mask, keys), tokens=tokens, keys=keys, lengths=view.lengths)
-        shared["table"] = view.table
-        shared.update(
-            hooks=site, scale=self.scale, implementation=self.setting.implementation, head_axis=self.head_axis
-        )
+        shared |= dict(table=view.table, hooks=site, scale=self.scale, soft_cap=self.soft_cap)
+        shared |= dict(implementation=self.setting.implementation, head_axis=self.head_axis)
         heads = read(q, rows, **shared)
         return self.out(site("heads", heads).reshape(*q.shape[:2], -1))
 
@@ -181,8 +201,8 @@ class MultiHeadLatentAttention(Attention):
 
     @property
     def mask(self) -> masks.Mask:
-        """Causal."""
-        return masks.causal()
+        """Causal; within the window where there is one."""
+        return masks.causal() & masks.sliding_window(self.window) if self.window else masks.causal()
 
     @property
     def _copies(self) -> int:
@@ -191,22 +211,33 @@ class MultiHeadLatentAttention(Attention):
 
     def init_cache(self, batch: int, length: int, dtype: str) -> SlotCache:
         shape = (self.latents * self._copies, self.rank + self.rotary)
-        return SlotCache.create(batch, length, {"latent": shape}, dtype, axes={"latent": ("heads", None)})
+        return SlotCache.create(
+            batch, length, {"latent": shape}, dtype, axes={"latent": ("heads", None)}, window=self.window
+        )
 
     def parameter_count(self) -> int:
+        made, query_width = self.latents * self.rank, self.heads * (self.nope + self.rotary)
+        gains = 0 if self.latent_norm is None else self.q_rank + made
+        sizes = [(self.query, query_width), (self.latent, made), (self.rope_key, self.rotary)]
+        sizes += [(self.out, self.setting.width), *([(self.query_down, self.q_rank)] if self.q_rank else [])]
+        return self._matrices() + gains + sum(size for linear, size in sizes if linear.bias is not None)
+
+    def _matrices(self) -> int:
+        """Numbers in matrices, each of which multiplies each token once."""
         width, query_width = self.setting.width, self.heads * (self.nope + self.rotary)
-        query = width * self.q_rank + self.q_rank + self.q_rank * query_width if self.q_rank else width * query_width
-        made = self.latents * self.rank
-        down = width * (made + self.rotary) + (0 if self.latent_norm is None else made)
+        query = self.q_rank * (width + query_width) if self.q_rank else width * query_width
+        down = width * (self.latents * self.rank + self.rotary)
         return query + down + self.heads * (self.rank * (self.nope + self.value) + self.value * width)
 
     def flops(self, length: int) -> float:
-        norms = self.q_rank + (0 if self.latent_norm is None else self.latents * self.rank)
-        projections = 2 * length * (self.parameter_count() - norms)
         scores = self.nope + self.rotary + self.value
-        return projections + 2 * cost.pairs(self.mask, length) * self.heads * scores
+        return 2 * length * self._matrices() + 2 * cost.pairs(self.mask, length) * self.heads * scores
 
     def cache_bytes(self, length: int, itemsize: int, parts: Mapping[str, int] = NOWHERE) -> int:
         devices = parts.get("heads", 1)
         rows = self.latents * logical.repeats(self.heads, self.latents, devices) // devices
-        return length * rows * (self.rank + self.rotary) * itemsize
+        return self._slots(length) * rows * (self.rank + self.rotary) * itemsize
+
+    def _slots(self, length: int) -> int:
+        """Places of a cache for `length` tokens."""
+        return min(length, self.window) if self.window else length

@@ -18,7 +18,6 @@ from layers.attention.mla import MultiHeadLatentAttention
 from layers.cache import SlotCache, View
 from layers.hooks import LayerHooks
 from layers.linear import contracted
-from layers.rope import Rope
 from sharding import logical
 
 _STORED = ("batch", None, "slices", None)
@@ -67,10 +66,12 @@ class SequenceSplitLatentAttention(MultiHeadLatentAttention):
 
     A step gathers the absorbed queries of all heads, attends to each part of the cache, and puts the parts together
     by their log-sum-exps; then each device goes on with its own heads. The function is MLA, exactly. Parts lie where
-    the mesh cuts `slices`. Options: `configs/attention/mla_sequence.py`.
+    the mesh cuts `slices`; all tokens are kept, those outside a window too. Options:
+    `configs/attention/mla_sequence.py`.
     """
 
     head_axis = "slice_head_parts"
+    fixed = ("latents",)
 
     def __init__(
         self,
@@ -79,23 +80,10 @@ class SequenceSplitLatentAttention(MultiHeadLatentAttention):
         layer_index: int,
         rngs: nnx.Rngs,
         parts: int = 2,
-        heads: int = 8,
-        q_lora_rank: int = 0,
-        kv_lora_rank: int = 64,
-        qk_nope_head_dim: int = 32,
-        qk_rope_head_dim: int = 16,
-        v_head_dim: int = 32,
-        latent_norm: str = "rms",
-        norm_epsilon: float = 1e-6,
-        scale: float = 0.0,
-        rope: Rope = Rope(),  # noqa: B008 (frozen)
+        **latent: Any,
     ) -> None:
         self.parts = parts
-        super().__init__(
-            setting, layer_index=layer_index, rngs=rngs, heads=heads, q_lora_rank=q_lora_rank,
-            kv_lora_rank=kv_lora_rank, qk_nope_head_dim=qk_nope_head_dim, qk_rope_head_dim=qk_rope_head_dim,
-            v_head_dim=v_head_dim, latent_norm=latent_norm, norm_epsilon=norm_epsilon, scale=scale, rope=rope,
-        )  # fmt: skip
+        super().__init__(setting, layer_index=layer_index, rngs=rngs, latents=1, **latent)
 
     def _mix(
         self, q: Array, rows: Float[Array, "B S G C"], view: View, started: bool, tokens: Tokens, site: LayerHooks
@@ -117,7 +105,7 @@ class SequenceSplitLatentAttention(MultiHeadLatentAttention):
     ) -> Float[Array, "B T H d"]:
         across = logical.mesh_axes("slices")
         dealt = view.tokens.map(lambda column: column.reshape(*rows.shape[:3]))
-        alone = q.shape[1] == 1 and self.setting.implementation in (None, "xla", "reference")
+        alone = q.shape[1] == 1 and not self.window and self.setting.implementation in (None, "xla", "reference")
 
         def local(q, rows, lengths, tokens, keys, part):
             pieces, lses = [], []
@@ -137,14 +125,18 @@ class SequenceSplitLatentAttention(MultiHeadLatentAttention):
         return shared(q, rows, view.lengths, tokens, dealt, jnp.arange(self.parts))
 
     def _one_query(self, q: Array, rows: Array, lengths: Int[Array, "B"]) -> tuple[Array, Array]:
-        options: dict[str, Any] = dict(scale=self.scale, implementation=self.setting.implementation)
-        return decode.decode_attention(q, rows, None, lengths, value_width=self.rank, **options)
+        return decode.decode_attention(q, rows, None, lengths, value_width=self.rank, **self._options)
 
     def _queries(self, q: Array, rows: Array, tokens: Tokens, keys: Tokens) -> tuple[Array, Array]:
-        options: dict[str, Any] = dict(scale=self.scale, implementation=self.setting.implementation)
         mask = visible(self.mask, keys)
-        out, lse = attention(q, rows, rows[..., : self.rank], mask=mask, q_tokens=tokens, k_tokens=keys, **options)
+        out, lse = attention(
+            q, rows, rows[..., : self.rank], mask=mask, q_tokens=tokens, k_tokens=keys, **self._options
+        )
         return out, lse
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return dict(scale=self.scale, soft_cap=self.soft_cap, implementation=self.setting.implementation)
 
     @property
     def _copies(self) -> int:

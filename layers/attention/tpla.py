@@ -18,7 +18,6 @@ from layers.hooks import LayerHooks
 from layers.linear import contracted
 from layers.norm import widened
 from layers.paged import gathered
-from layers.rope import Rope
 from layers.variables import Constant
 from sharding import logical
 
@@ -52,10 +51,11 @@ class TensorParallelLatentAttention(MultiHeadLatentAttention):
     [B, T, D], with W_O of all heads of a slice on every device; "scatter_heads" sums values [B, T, H, d_v] first and
     spreads heads over slices, so that W_O is not held twice. Options: `configs/attention/tpla.py`; parameters are
     those of `mla`, so that weights fit either. Where the paper leaves alpha and mu open, so do we: `models.conversion`
-    sets them, and trained from scratch they stay at g (a plain norm of each slice) and 1.
+    sets them, and trained from scratch they stay at g (a plain norm of each slice) and 1. Options besides: MLA's.
     """
 
     head_axis = "slice_heads"
+    fixed = ("latents",)
 
     def __init__(
         self,
@@ -68,16 +68,8 @@ class TensorParallelLatentAttention(MultiHeadLatentAttention):
         softmax: str = "slice",
         prefill: str = "slice",
         out_mode: str = "allreduce",
-        heads: int = 8,
-        q_lora_rank: int = 0,
         kv_lora_rank: int = 64,
-        qk_nope_head_dim: int = 32,
-        qk_rope_head_dim: int = 16,
-        v_head_dim: int = 32,
-        latent_norm: str = "rms",
-        norm_epsilon: float = 1e-6,
-        scale: float = 0.0,
-        rope: Rope = Rope(),  # noqa: B008 (frozen)
+        **latent: Any,
     ) -> None:
         if kv_lora_rank % slices:
             raise ValueError(f"{slices} slices do not divide a latent of {kv_lora_rank} channels")
@@ -88,11 +80,7 @@ class TensorParallelLatentAttention(MultiHeadLatentAttention):
             raise ValueError(f"out_mode must be allreduce or scatter_heads, not {out_mode!r}")
         self.slices, self.norm, self.softmax, self.prefill, self.out_mode = slices, norm, softmax, prefill, out_mode
         self.channel_axis = ("slices", slices)
-        super().__init__(
-            setting, layer_index=layer_index, rngs=rngs, heads=heads, q_lora_rank=q_lora_rank,
-            kv_lora_rank=kv_lora_rank, qk_nope_head_dim=qk_nope_head_dim, qk_rope_head_dim=qk_rope_head_dim,
-            v_head_dim=v_head_dim, latent_norm=latent_norm, norm_epsilon=norm_epsilon, scale=scale, rope=rope,
-        )  # fmt: skip
+        super().__init__(setting, layer_index=layer_index, rngs=rngs, latents=1, kv_lora_rank=kv_lora_rank, **latent)
         self.norm_factor = Constant(jnp.full((slices,), slices, setting.param_dtype))
         self.logit_factor = Constant(jnp.ones((slices,), setting.param_dtype))
 
@@ -157,8 +145,7 @@ class TensorParallelLatentAttention(MultiHeadLatentAttention):
             if whole and table is not None:
                 rows, table = gathered(rows, table), None
             shared = dict(mask=mask, tokens=tokens, keys=keys, lengths=lengths, hooks=site, scale=self.scale)
-            shared["table"] = table
-            shared["implementation"] = self.setting.implementation
+            shared |= dict(table=table, soft_cap=self.soft_cap, implementation=self.setting.implementation)
             heads, parted = form(q, rows, key_up, value_up, factor, across, shared)
             if scattered and not parted:
                 heads = jax.lax.psum_scatter(heads, across, scatter_dimension=2, tiled=True)
@@ -175,7 +162,8 @@ class TensorParallelLatentAttention(MultiHeadLatentAttention):
             told = (("batch", "length"), ("batch", None), lengths_axes, table_axes)
             axes = (_Q, stored, _UP, _UP, out_axes, ("slices",), *told)
             local = logical.shard_kernel(local, axes, ("batch", "length", None))
-        return local(q, rows, *up, out, factor, tokens, view.tokens, view.lengths, view.table)
+        y = local(q, rows, *up, out, factor, tokens, view.tokens, view.lengths, view.table)
+        return y if self.out.bias is None else y + self.out.bias[...].astype(y.dtype)
 
     @property
     def _copies(self) -> int:
@@ -183,17 +171,17 @@ class TensorParallelLatentAttention(MultiHeadLatentAttention):
 
     def init_cache(self, batch: int, length: int, dtype: str) -> SlotCache:
         shape = (self.slices, self.slice_width + self.rotary)
-        return SlotCache.create(batch, length, {"latent": shape}, dtype, axes={"latent": ("slices", None)})
+        return SlotCache.create(
+            batch, length, {"latent": shape}, dtype, axes={"latent": ("slices", None)}, window=self.window
+        )
 
     def flops(self, length: int) -> float:
-        norms = self.q_rank + (0 if self.latent_norm is None else self.rank)
-        projections = 2 * length * (self.parameter_count() - norms)
         times = 1 if self.softmax == "whole" or self.prefill == "whole" else self.slices
         scores = self.nope + self.rotary + self.value
-        return projections + 2 * cost.pairs(self.mask, length) * self.heads * scores * times
+        return 2 * length * self._matrices() + 2 * cost.pairs(self.mask, length) * self.heads * scores * times
 
     def cache_bytes(self, length: int, itemsize: int, parts: Mapping[str, int] = NOWHERE) -> int:
-        return length * self.slices // parts.get("slices", 1) * (self.slice_width + self.rotary) * itemsize
+        return self._slots(length) * self.slices // parts.get("slices", 1) * (self.slice_width + self.rotary) * itemsize
 
 
 def _per_slice(q, rows, key_up, value_up, factor, across, shared):
@@ -244,6 +232,8 @@ def _whole_absorbed(q, rows, key_up, value_up, factor, across, shared):
         return contracted("bthc,chv->bthv", read, value_up.reshape(-1, *value_up.shape[2:])), False
     scores = jax.lax.psum(contracted("btghc,bsgc->bhts", widened(absorbed), widened(rows[..., :width])), across)
     scores = (scores + contracted("bthr,bsr->bhts", widened(q_rope), widened(rows[:, :, 0, width:]))) * shared["scale"]
+    if cap := shared["soft_cap"]:
+        scores = cap * jnp.tanh(scores / cap)
     allowed = shared["mask"].allowed(shared["tokens"], shared["keys"])
     weights = jnp.where(allowed, jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)), 0)
     values = rows[..., :width]

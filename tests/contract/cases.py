@@ -69,6 +69,7 @@ class Case:
             attention=self.options(),
             mlp=dict(kind="swiglu", width=32, bias=False),
             norm=dict(kind="rms", epsilon=1e-6),
+            residual=dict(form="pre"),
             per_layer=(),
         )
         specs = layer_specs(config)
@@ -86,7 +87,7 @@ EXTRA = (
     Case("mla-q-lora-yarn", "mla", (("q_lora_rank", 12), ("rope", YARN))),
     Case("tpla-scatter-q-lora-yarn", "tpla", (("out_mode", "scatter_heads"), ("q_lora_rank", 12), ("rope", YARN))),
     Case("lightning-lrpe", "lightning", (("lrpe", True), ("value_dim", 5))),
-    Case("lightning-paper-ungated", "lightning", (("decay", "paper"), ("activation", "elu1"), ("gate", False))),
+    Case("lightning-paper-ungated", "lightning", (("decay", "paper"), ("activation", "elu1"), ("gate", "none"))),
 )  # fmt: skip
 
 
