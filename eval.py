@@ -2,6 +2,7 @@
 
     python eval.py --run=runs/lm-gqa --tasks=heldout,needle --limit=50
     python eval.py --run=runs/gqa --run=runs/mla --tasks=heldout        compared document by document
+    python eval.py --run=runs/lm-gqa --tasks=arc_easy,hellaswag --data_root=DIR     of lm-evaluation-harness
     python eval.py --model=mla --tasks=mqar --params=mqar.steps=400     a probe of an attention; no run needed
     python eval.py ls tasks
     python eval.py report runs/gqa runs/mla --output=report.html
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 
 
 OF_CLAIMS = ("claim", "smoke", "params", "output_path", "config")  # The flags that --claim may have beside it.
+
+OF_HARNESS = {  # Flags that only tasks of lm-evaluation-harness heed.
+    "num_fewshot": "there are no worked examples in",
+    "apply_chat_template": "no chat template is used by",
+    "data_root": "no data of the harness is read by",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +78,7 @@ def parser() -> Parser:
         metavar="TASK.K=V,...",
         help="a task's own parameters, such as mqar.steps=400",
     )
-    add("--num_fewshot", "-f", type=int, default=0, help="worked examples before each question (no task here has any)")
+    add("--num_fewshot", "-f", type=int, default=None, help="worked examples before each question (the harness's tasks)")
     add("--batch_size", "-b", default="16", help="rows, or auto")
     add("--limit", "-L", type=float, default=0.0, help="documents per task; below 1 a share of them; 0 is all")
     add("--samples", "-E", default="", metavar="JSON", help="""only these documents: '{"heldout": [0, 5]}'""")
@@ -79,13 +86,14 @@ def parser() -> Parser:
     add("--log_samples", "-s", action="store_true", help="write samples_<task>_<time>.jsonl")
     add("--predict_only", action="store_true", help="write samples, compute no metrics")
     add("--gen_kwargs", default="", metavar="K=V,...", help="of generation, such as temperature=0.8,max_gen_toks=64")
-    add("--seed", default="0", help="decides draws and probes; of a list the first number counts")
+    add("--seed", default="0", help="decides draws and probes; a list of four gives the harness its own")
     add("--bootstrap_iters", type=int, default=100_000, help="for the errors of ratios; 0 takes the delta method")
     add("--length", type=int, default=0, help="window in tokens; else config.data.length")
     add("--system_instruction", default="", help="text before every prompt")
     add("--apply_chat_template", action="store_true", help="only for tokenizers that have one")
     add("--use_cache", "-c", default="", metavar="DIR", help="keep results of tasks, and do finished tasks only once")
-    add("--include_path", default="", metavar="DIR", help="a folder with further tasks")
+    add("--include_path", default="", metavar="DIR", help="a folder with further tasks, in Python or in YAML")
+    add("--data_root", default="", metavar="DIR", help="data of the harness's tasks: DIR/<dataset>/<split>.jsonl")
     add("--claim", default="", metavar="SLUG", help="measure a published claim (see `ls claims`); nothing else")
     add("--smoke", action="store_true", help="with --claim: as small as can be, to see that it works")
     add(
@@ -107,6 +115,11 @@ def main(argv: Sequence[str]) -> int:
 
         with told():
             return converting.main(list(argv[1:]), Parser)
+    if argv and argv[0] in ("import", "export"):
+        from training import importing
+
+        with told():
+            return importing.main(list(argv), Parser)
     if argv and argv[0] == "report":
         return reporting(list(argv[1:]))
     if argv and argv[0] == "claims":
@@ -152,10 +165,8 @@ def read_options(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError("nothing to evaluate: give --run=DIR, or --model=NAME for an untrained model")
     if given.run and (given.model or given.model_args):
         raise ConfigError("--run and --model (or --model_args) exclude each other: a run has its model")
-    if given.num_fewshot:
-        raise ConfigError(f"--num_fewshot={given.num_fewshot}: no task here has worked examples; leave it at 0")
-    if given.apply_chat_template:
-        raise ConfigError("--apply_chat_template: the tokenizers of runs have no chat template; leave the flag out")
+    if given.num_fewshot is not None and given.num_fewshot < 0:
+        raise ConfigError(f"--num_fewshot must be 0 or more, got {given.num_fewshot}")
     if given.step is not None and len(given.run) != 1:
         raise ConfigError("--step needs exactly one --run")
     if given.bootstrap_iters < 0:
@@ -170,10 +181,14 @@ def evaluate(options: argparse.Namespace) -> int:
 
     from evaluation import tasks
 
-    if options.include_path:
-        tasks.include(options.include_path)
-    chosen = tasks.match(part for part in options.tasks.split(",") if part)
+    include = _include(options.include_path)
+    asked = [part for part in options.tasks.split(",") if part]
+    theirs = [name for name in asked if not tasks.known(name)]
     settings = _settings(options)
+    settings["harness"] = _harness(options, settings, theirs, include)
+    ours = asked if settings["harness"] is None else [name for name in asked if name not in theirs]
+    chosen = tasks.match(ours) if ours or not asked else []
+    settings["tasks"] = ours
     console, documents = Console(highlight=False), []
     for folder in options.run or [""]:
         results, target = _one(options, settings, folder, any(task.needs_text for task in chosen))
@@ -183,7 +198,7 @@ def evaluate(options: argparse.Namespace) -> int:
             path = results.write(target, log_samples=options.log_samples or options.predict_only)
             console.print(f"results: {path}", soft_wrap=True)
     if len(documents) > 1:
-        console.print(_comparison(documents, [task.name for task in chosen]))
+        console.print(_comparison(documents, list(documents[0][1]["units"])))
     return 0
 
 
@@ -197,8 +212,7 @@ def listing(argv: Sequence[str]) -> int:
     flags.add_argument("what", choices=("tasks", "groups", "claims"))
     flags.add_argument("--include_path", default="")
     options = flags.parse_args(argv)
-    if options.include_path:
-        tasks.include(options.include_path)
+    folder = _include(options.include_path)
     console = Console(highlight=False, soft_wrap=True)
     if options.what == "claims":
         from evaluation.claims import program
@@ -213,6 +227,11 @@ def listing(argv: Sequence[str]) -> int:
         shown = ", ".join(f"{name}={value}" for name, value in task.defaults.items() if len(str(value)) < 30)
         console.print(f"[bold]{task.name:<18}[/bold]{task.description} \\[{task.output_type}]")
         console.print(f"{'':<18}[dim]{shown}[/dim]")
+    if folder:
+        from evaluation.harness import tasks as foreign
+
+        for name in foreign.Catalogue(folder).own:
+            console.print(f"[bold]{name:<18}[/bold]of lm-evaluation-harness, from {folder}")
     return 0
 
 
@@ -246,7 +265,14 @@ def measure_claim(options: argparse.Namespace) -> int:
             raise program.Stopped(result.stopped)
         return load_run(result.run_dir)
 
-    return program.measure(options.claim, _params(options), trained, smoke=options.smoke, output=options.output_path)
+    def converted(run_dir: Any, output: Any, **how: Any) -> None:
+        from training import converting
+
+        converting.convert(run_dir, output, **how)
+
+    return program.measure(
+        options.claim, _params(options), trained, convert=converted, smoke=options.smoke, output=options.output_path
+    )
 
 
 def refresh_claims(argv: Sequence[str]) -> int:
@@ -314,8 +340,8 @@ def _one(
     name = config.name if folder else f"{options.model} (untrained)"
     with _progress() as progress:
         results = evaluation.evaluate(
-            model, tokenizer, pipeline, [part for part in options.tasks.split(",") if part], config=config, name=name,
-            layout=layout, step=step, progress=progress, fingerprint=True, cache=options.use_cache, **settings,
+            model, tokenizer, pipeline, config=config, name=name, layout=layout, step=step, progress=progress,
+            fingerprint=True, cache=options.use_cache, template_folder=f"{folder}/tokenizer" if folder else "", **settings,
         )  # fmt: skip
     if folder:
         _check_corpus(pathlib.Path(folder), results)
@@ -367,11 +393,64 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _include(folder: str) -> str:
+    """Takes in the Python tasks of a folder; a folder of YAML tasks is returned, for the harness."""
+    from evaluation import tasks
+
+    if folder and any(pathlib.Path(folder).rglob("*.yaml")):
+        return folder
+    if folder:
+        tasks.include(folder)
+    return ""
+
+
+def _harness(options: argparse.Namespace, settings: dict[str, Any], names: Sequence[str], include: str) -> Any:
+    """The tasks that are not ours, made ready, with their share of `settings`; None where all are ours or unknown."""
+    from evaluation import EvaluationError, tasks
+
+    for flag, why in OF_HARNESS.items():
+        if getattr(options, flag) and not names:
+            raise ConfigError(f"--{flag}: {why} any of these tasks; leave the flag out")
+    if not names:
+        return None
+    from evaluation.harness import program
+    from evaluation.harness import tasks as foreign
+
+    if not foreign.installed():
+        try:
+            tasks.match(names)
+        except EvaluationError as error:
+            raise EvaluationError(f"{error} (for tasks of lm-evaluation-harness: {foreign.INSTALL})") from error
+    given = settings["params"].pop("harness", {})
+    add_bos = given.pop("add_bos", "")
+    if given or add_bos not in ("", "true", "false"):
+        raise ConfigError("--params=harness.add_bos=true|false is all that is there for harness")
+    picked = {name: rows for name, rows in settings["picked"].items() if not tasks.known(name)}
+    settings["picked"] = {name: rows for name, rows in settings["picked"].items() if name not in picked}
+    return program.prepare(
+        names, include=include, ours=[*tasks.names(), *tasks.groups()], data_root=options.data_root, num_fewshot=options.num_fewshot, picked=picked,
+        batch_size=options.batch_size if options.batch_size == "auto" else settings["batch_size"],
+        max_length=options.length, add_bos=json.loads(add_bos) if add_bos else None,
+        chat_template=options.apply_chat_template, seeds=_seeds(options.seed),
+    )  # fmt: skip
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """The harness's seeds (Python, NumPy, framework, worked examples): its own defaults, one for all, or up to four."""
+    parts = text.split(",")
+    if len(parts) > 4 or not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--seed must be one to four whole numbers of 0 or more, got {text!r}")
+    numbers = tuple(map(int, parts))
+    if len(numbers) == 1:
+        return (0, 1234, 1234, 1234) if text == "0" else numbers * 4
+    return (*numbers, *(1234,) * (4 - len(numbers)))
+
+
 def _params(options: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Parameters by the task or claim whose they are."""
     params: dict[str, dict[str, str]] = {}
     for text in options.params:
-        for name, value in _pairs("--params", text).items():
+        for name, value in _pairs("--params", text, lists=True).items():
             task, dot, parameter = name.partition(".")
             if not dot:
                 raise ConfigError(
@@ -391,12 +470,16 @@ def _picked(text: str) -> dict[str, list[int]]:
     return picked
 
 
-def _pairs(flag: str, text: str) -> dict[str, str]:
+def _pairs(flag: str, text: str, *, lists: bool = False) -> dict[str, str]:
+    """Names and values; with `lists` a part without a name belongs to the value before it."""
     from configs.fields import split
 
-    pairs = {}
+    pairs: dict[str, str] = {}
     for part in split(text):
         name, equals, value = part.partition("=")
+        if not equals and lists and pairs:
+            pairs[next(reversed(pairs))] += f":{part.strip()}"
+            continue
         if not equals:
             raise ConfigError(f"{flag} needs name=value with commas between, got {part!r}")
         pairs[name.strip()] = value.strip()

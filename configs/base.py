@@ -88,6 +88,7 @@ def experts() -> ml_collections.ConfigDict:
 def data() -> ml_collections.ConfigDict:
     """Where text comes from and how it becomes batches."""
     config = ml_collections.ConfigDict()
+    config.form = "text"  # text | preferences (a better and a worse answer to a prompt, of records).
     # Folders, files or globs of .txt .md .py .jsonl[.gz] .parquet; "stdlib" is the interpreter's own library.
     config.sources = ("stdlib",)
     config.weights = ()  # One number per source; () mixes in proportion to size.
@@ -101,6 +102,8 @@ def data() -> ml_collections.ConfigDict:
     config.length = 256  # Tokens per row.
     config.batch_size = 16  # Rows per step, over all devices and processes.
     config.packing = True  # Several documents per row, kept apart by segment ids; False: one document per row, padded.
+    config.max_prompt = 0  # preferences: tokens of a prompt that stay where a pair is too long; 0 is half of length.
+    config.message_format = "<|{role}|>\n{content}\n"  # preferences: how a message of a conversation is written out.
     config.workers = 0  # grain worker processes; 0 reads in the main process.
     return config
 
@@ -108,13 +111,16 @@ def data() -> ml_collections.ConfigDict:
 def objective() -> ml_collections.ConfigDict:
     """The loss, by registered name."""
     config = ml_collections.ConfigDict()
-    config.name = "next_token"  # next_token | distillation | layerwise.
+    config.name = "next_token"  # next_token | distillation | layerwise | dpo (with data.form preferences).
     config.z_loss = 0.0  # next_token: weight of mean(logsumexp(logits)^2).
-    config.label_smoothing = 0.0  # next_token.
+    config.label_smoothing = 0.0  # next_token; dpo: the share of pairs taken to be the wrong way round.
     config.teacher = ""  # distillation, layerwise: the run folder of the network to learn from.
     config.divergence = 1.0  # distillation: weight of KL(teacher || model).
     config.cross_entropy = 0.0  # distillation: weight of the text's own cross-entropy.
     config.temperature = 1.0  # distillation: logits of both are divided by it.
+    config.reduction = "token"  # distillation: the divergence as a mean per token | row (that, times tokens of a row).
+    config.reference = ""  # dpo: the run folder that rewards are measured against; "" is train.init_from.
+    config.beta = 0.01  # dpo: reward of an answer per unit of log-probability gained over the reference.
     config.layer_inputs = "teacher"  # layerwise: what a block is given, the teacher's hidden states or its own.
     return config
 

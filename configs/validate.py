@@ -94,6 +94,11 @@ def _experts(mlp: Rules, rules: Rules) -> None:
 
 
 def _data(rules: Rules) -> None:
+    rules.one_of("form", ("text", "preferences"))
+    rules.whole("max_prompt", least=0)
+    rules.text("message_format")
+    if any(rules["message_format"].count(part) != 1 for part in ("{role}", "{content}")):
+        rules.fail("message_format", "must hold {role} and {content} once each")
     rules.texts("sources", empty=False)
     rules.texts("heldout_sources")
     weights = rules["weights"]
@@ -133,6 +138,11 @@ def _objective(rules: Rules) -> None:
     rules.number("divergence", "cross_entropy", least=0)
     rules.number("temperature", above=0)
     rules.one_of("layer_inputs", ("teacher", "own"))
+    rules.one_of("reduction", ("token", "row"))
+    rules.path("reference")
+    rules.number("beta", above=0)
+    if rules["name"] == "dpo":
+        rules.number("label_smoothing", least=0, under=0.5)
     if rules["name"] in ("distillation", "layerwise") and not rules["teacher"]:
         rules.fail("teacher", f"must be a run folder for the objective {rules['name']}")
 
@@ -197,6 +207,12 @@ def _together(config: ml_collections.ConfigDict) -> None:
     data, optimizer = Rules(config.data, "config.data"), Rules(config.optimizer, "config.optimizer")
     if config.data.length > config.model.max_length:
         data.fail("length", f"must not exceed config.model.max_length = {config.model.max_length}")
+    if config.data.max_prompt >= config.data.length:
+        data.fail("max_prompt", f"must be below config.data.length = {config.data.length}")
+    if (config.objective.name == "dpo") != (config.data.form == "preferences"):
+        data.fail("form", "must be preferences for the objective dpo, and for no other")
+    if config.objective.name == "dpo" and not (config.objective.reference or config.train.init_from):
+        Rules(config.objective, "config.objective").fail("reference", "must be a run folder, or config.train.init_from")
     if config.data.batch_size % config.optimizer.accumulate:
         optimizer.fail("accumulate", f"must divide config.data.batch_size = {config.data.batch_size}")
     if config.optimizer.warmup_steps > config.train.steps:

@@ -5,9 +5,10 @@ decided once per content, so two files or records with the same content are alwa
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -149,8 +150,9 @@ def load(
     text_field: str = "text",
     max_files: int = 0,
     max_bad_share: float = 0.0,
+    read: Callable[[File], Iterator[readers.Record]] | None = None,
 ) -> Corpus:
-    """Reads and splits the corpus; the fields are those of `config.data`.
+    """Reads and splits the corpus; the fields are those of `config.data`. `read` reads files in another way.
 
     With `heldout_sources`, all of their documents are held out and training documents with the same text are left
     out. Without, each source gives about `heldout_share` of its files or records, and at least one where it has two.
@@ -159,13 +161,14 @@ def load(
     Raises DataError for a missing or empty source, for unreadable records above `max_bad_share`, and when nothing
     is left to train on.
     """
+    read = read or functools.partial(readers.read, text_field=text_field)
     found = tuple(find(spec, max_files=max_files) for spec in (*sources, *heldout_sources))
     skipped = Skipped(max_bad_share)
     reading = _Reading()
     for index, source in enumerate(found):
         before = len(reading.lengths)
         for file in source.files:
-            _read_file(reading, index, file, text_field, skipped)
+            _read_file(reading, index, file, read, skipped)
         if len(reading.lengths) == before:
             raise DataError(
                 f"source {source.spec!r}: {len(source.files)} files but no text in them (unreadable records of all "
@@ -185,10 +188,12 @@ def load(
     return corpus
 
 
-def _read_file(reading: _Reading, source: int, file: File, text_field: str, skipped: Skipped) -> None:
+def _read_file(
+    reading: _Reading, source: int, file: File, read: Callable[[File], Iterator[readers.Record]], skipped: Skipped
+) -> None:
     try:
         file_hash = readers.content_hash(file)
-        for record in readers.read(file, text_field):
+        for record in read(file):
             if record.reason:
                 skipped.add(f"{file.path}:{record.number}" if record.number else str(file.path), record.reason)
             elif record.text:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data import corpus as corpora
+from data import preferences
 from data.corpus import Corpus, Document, Texts
 from data.errors import DataError, log
 from data.mixture import Mixture
@@ -126,6 +127,47 @@ class Pipeline:
         return f"{self.corpus.describe()}\n{self.tokenizer.describe()}"
 
 
+class PreferencePipeline(Pipeline):
+    """Batches of pairs of answers (`data.preferences.PairRows`); of what is held out, documents are the chosen ones."""
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The global sequence of pairs."""
+        parts = [preferences.pairs(texts) for texts in self.corpus.train]
+        parts = parts if self.config.weights else [[one for part in parts for one in part]]
+        sources = [self._pairs(part, f"{self.seed}/{i}") for i, part in enumerate(parts)]
+        return Mixture(sources, self.config.weights) if self.config.weights else sources[0]
+
+    @functools.cached_property
+    def order(self) -> dict[str, Any]:
+        """See Pipeline; how messages are written out is in the training text."""
+        return super().order | {"form": "preferences", "max_prompt": int(self.config.max_prompt)}
+
+    @functools.cached_property
+    def _heldout(self) -> tuple[Document, ...]:
+        return tuple(
+            Document(one.prompt + one.chosen, document.source, document.name)
+            for document in super()._heldout
+            for one in [preferences.pair(document.text)]
+        )
+
+    @functools.cached_property
+    def _heldout_tokens(self) -> Tokens:
+        ids, lengths = self.tokenizer.encode_all(document.text for document in self._heldout)
+        return Tokens(ids, np.cumsum(lengths) - lengths, lengths)
+
+    def heldout_pairs(self, batch_size: int) -> Iterator[Batch]:
+        """One pass over the held-out pairs, this process's share of each batch; pairs of weight 0 fill the last one."""
+        _positive("batch_size", batch_size)
+        _divides(batch_size, self.process_count)
+        share = batch_size // self.process_count
+        mine = slice(self.process_index * share, (self.process_index + 1) * share)
+        return self._pairs(preferences.pairs(self.corpus.heldout), None).one_pass(batch_size, mine)
+
+    def _pairs(self, given: list[preferences.Pair], seed: str | None) -> preferences.PairRows:
+        return preferences.PairRows(given, self.config.length, self.tokenizer, seed, self.config.max_prompt)
+
+
 def build(config: Any, *, seed: int, process_index: int = 0, process_count: int = 1) -> Pipeline:
     """Reads the corpus and makes the tokenizer; `config` is `config.data` of `configs/base.py`.
 
@@ -134,6 +176,9 @@ def build(config: Any, *, seed: int, process_index: int = 0, process_count: int 
     """
     _check(config, process_index, process_count)
     began = time.perf_counter()
+    pairs = config.form == "preferences"
+    if pairs and config.tokenizer.startswith("bpe:"):
+        raise DataError("config.data.tokenizer: preferences take that of the run they start from, <run>/tokenizer")
     size = _bpe_size(config.tokenizer) if config.tokenizer.startswith("bpe:") else 0
     tokenizer = None if size else load_tokenizer(config.tokenizer)  # First, so that a wrong path fails at once.
     corpus = corpora.load(
@@ -143,12 +188,14 @@ def build(config: Any, *, seed: int, process_index: int = 0, process_count: int 
         text_field=config.text_field,
         max_files=config.max_files,
         max_bad_share=config.max_bad_share,
+        read=functools.partial(preferences.read, message_format=config.message_format) if pairs else None,
     )
     if tokenizer is None:
         texts = _joined(corpus.train)
         tokenizer = cached_bpe(texts, texts.digest(), size, config.tokenizer_cache)
     log.info("%s; data ready in %.2f s", tokenizer.describe(), time.perf_counter() - began)
-    return Pipeline(config, corpus, tokenizer, seed=seed, process_index=process_index, process_count=process_count)
+    kind = PreferencePipeline if pairs else Pipeline
+    return kind(config, corpus, tokenizer, seed=seed, process_index=process_index, process_count=process_count)
 
 
 def encode(texts: Texts, tokenizer: Tokenizer) -> Tokens:

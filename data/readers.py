@@ -5,8 +5,8 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from data.errors import DataError, shorten
 from data.sources import File
@@ -19,6 +19,22 @@ class Record:
     number: int
     text: bytes = b""  # Sound UTF-8.
     reason: str = ""  # Why there is no text; "" when there is.
+
+
+class Form(NamedTuple):
+    """What is read of a record of a .jsonl or .parquet file.
+
+    Attributes:
+        fields: what every record must have.
+        others: what it may have besides.
+        parse: called with the record's number and those of its fields that are there.
+        hint: where a person finds what is wanted.
+    """
+
+    fields: tuple[str, ...]
+    others: tuple[str, ...]
+    parse: Callable[[int, dict[str, Any]], Record]
+    hint: str
 
 
 def content_hash(file: File) -> str:
@@ -35,13 +51,16 @@ def read(file: File, text_field: str) -> Iterator[Record]:
     A .txt, .md or .py file is one document; .jsonl and .parquet hold one per record, in the field `text_field`.
     Line ends and byte order marks stay as they are: what a model is scored on is what the file holds.
     """
-    readers = {"text": _text, "jsonl": _jsonl, "parquet": _parquet}
-    yield from readers[file.kind](file, text_field)
+    if file.kind == "text":
+        yield _utf8(0, file.path.read_bytes())
+        return
+    parse = lambda number, record: string(number, record[text_field], text_field)  # noqa: E731
+    yield from records(file, Form((text_field,), (), parse, "see config.data.text_field"))
 
 
-def _text(file: File, text_field: str) -> Iterator[Record]:
-    del text_field
-    yield _utf8(0, file.path.read_bytes())
+def records(file: File, form: Form) -> Iterator[Record]:
+    """The records of a .jsonl or .parquet file in order, each as `form.parse` makes it or with a reason."""
+    yield from (_jsonl if file.kind == "jsonl" else _parquet)(file, form)
 
 
 def _utf8(number: int, raw: bytes) -> Record:
@@ -56,7 +75,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start})"
 
 
-def _jsonl(file: File, text_field: str) -> Iterator[Record]:
+def _jsonl(file: File, form: Form) -> Iterator[Record]:
     zipped = file.name.lower().endswith(".gz")
     number = 0
     try:
@@ -65,12 +84,12 @@ def _jsonl(file: File, text_field: str) -> Iterator[Record]:
         with gzip.open(file.path, "rb") if zipped else open(file.path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield _json_record(number, line, text_field)
+                    yield _json_record(number, line, form)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         yield Record(number + 1, reason=f"the gzip stream is cut off or damaged after line {number} ({shorten(error)})")
 
 
-def _json_record(number: int, line: bytes, text_field: str) -> Record:
+def _json_record(number: int, line: bytes, form: Form) -> Record:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -79,23 +98,26 @@ def _json_record(number: int, line: bytes, text_field: str) -> Record:
         end = "" if line.endswith(b"\n") else " and the line has no end: the file is probably cut off"
         return Record(number, reason=f"not JSON ({shorten(error, 80)}){end}")
     if not isinstance(record, dict):
-        return Record(number, reason=f"a JSON {type(record).__name__}, not an object with the field {text_field!r}")
-    if text_field not in record:
-        fields = shorten(", ".join(record), 80) or "none"
-        return Record(number, reason=f"no field {text_field!r} (its fields: {fields}; see config.data.text_field)")
-    return _string(number, record[text_field], text_field)
+        kind = type(record).__name__
+        return Record(number, reason=f"a JSON {kind}, not an object with the field {form.fields[0]!r}")
+    for field in form.fields:
+        if field not in record:
+            there = shorten(", ".join(record), 80) or "none"
+            return Record(number, reason=f"no field {field!r} (its fields: {there}; {form.hint})")
+    return form.parse(number, {field: record[field] for field in (*form.fields, *form.others) if field in record})
 
 
-def _string(number: int, value: Any, text_field: str) -> Record:
+def string(number: int, value: Any, field: str) -> Record:
+    """The record whose text is `value`, the content of `field`."""
     if not isinstance(value, str):
-        return Record(number, reason=f"field {text_field!r} holds {type(value).__name__}, not text")
+        return Record(number, reason=f"field {field!r} holds {type(value).__name__}, not text")
     try:
         return Record(number, value.encode("utf-8"))
     except UnicodeEncodeError as error:  # JSON may hold half a surrogate pair.
-        return Record(number, reason=f"field {text_field!r} is not Unicode text (half a surrogate at {error.start})")
+        return Record(number, reason=f"field {field!r} is not Unicode text (half a surrogate at {error.start})")
 
 
-def _parquet(file: File, text_field: str) -> Iterator[Record]:
+def _parquet(file: File, form: Form) -> Iterator[Record]:
     try:
         import pyarrow  # Only this kind of file needs it.
         from pyarrow import parquet
@@ -105,21 +127,27 @@ def _parquet(file: File, text_field: str) -> Iterator[Record]:
     number = 0
     try:
         with parquet.ParquetFile(file.path, page_checksum_verification=True) as table:
-            if text_field not in table.schema_arrow.names:
-                columns = shorten(", ".join(table.schema_arrow.names), 80)
-                yield Record(0, reason=f"no column {text_field!r} (columns: {columns}; see config.data.text_field)")
-                return
-            for batch in table.iter_batches(columns=[text_field], batch_size=1024):
-                for value in batch.column(0):
+            there = table.schema_arrow.names
+            for field in form.fields:
+                if field not in there:
+                    columns = shorten(", ".join(there), 80)
+                    yield Record(0, reason=f"no column {field!r} (columns: {columns}; {form.hint})")
+                    return
+            wanted = [field for field in (*form.fields, *form.others) if field in there]
+            for batch in table.iter_batches(columns=wanted, batch_size=1024):
+                for row in range(batch.num_rows):
                     number += 1
-                    yield _cell(number, value, text_field)
+                    yield _row(number, {field: batch.column(field)[row] for field in wanted}, form)
     except (pyarrow.ArrowException, OSError) as error:
         reason = f"the table is cut off or damaged after row {number} ({shorten(error, 100)})"
         yield Record(number + 1 if number else 0, reason=reason)
 
 
-def _cell(number: int, value: Any, text_field: str) -> Record:
-    try:
-        return _string(number, value.as_py(), text_field)
-    except UnicodeDecodeError as error:
-        return Record(number, reason=f"field {text_field!r} is not UTF-8 ({shorten(error, 80)})")
+def _row(number: int, cells: dict[str, Any], form: Form) -> Record:
+    record = {}
+    for field, cell in cells.items():
+        try:
+            record[field] = cell.as_py()
+        except UnicodeDecodeError as error:
+            return Record(number, reason=f"field {field!r} is not UTF-8 ({shorten(error, 80)})")
+    return form.parse(number, record)

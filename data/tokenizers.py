@@ -31,6 +31,7 @@ class Tokenizer(Protocol):
     bos_id: int
     eos_id: int
     pad_id: int
+    adds_bos: bool  # Whether a model that was trained with it expects bos_id before a text.
     fingerprint: str  # Equal for tokenizers that give equal ids.
 
     def encode(self, text: str) -> list[int]:
@@ -57,6 +58,7 @@ class ByteTokenizer:
 
     bos_id, eos_id, pad_id = 256, 257, 258
     vocab_size = 259
+    adds_bos = True
     fingerprint = hashlib.sha256(b"tessera byte tokenizer 1").hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -130,6 +132,10 @@ class JsonTokenizer:
         self.eos_id: int = eos
         self.bos_id: int = eos if bos is None else bos
         self.pad_id: int = eos if pad is None else pad  # Never a target and never attended to: any id will do.
+        # The file says so itself, or the tokenizer was trained here, where documents begin with it.
+        self.adds_bos = bos is not None and (
+            self._names[bos] == BOS or self._tokenizer.encode("a").ids[:1] == [bos]  # With the file's own specials.
+        )
         self._special_ids |= {self.bos_id, self.eos_id, self.pad_id}
         self._bytes = _byte_lengths(text, self._names, self._special_ids, self.vocab_size)
         sides = json.dumps([self.bos_id, self.eos_id, self.pad_id])
@@ -144,6 +150,23 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Ids of `text` in which the text of a special stands for the special, as a chat template writes it."""
+        return self._marked.encode(text, add_special_tokens=False).ids
+
+    def token(self, i: int) -> str:
+        """The text of an id, also of a special; "" outside the vocabulary."""
+        return self._names.get(i, "")
+
+    @functools.cached_property
+    def _marked(self):
+        import tokenizers
+
+        marked = tokenizers.Tokenizer.from_str(self._text)
+        marked.no_padding()
+        marked.no_truncation()
+        return marked
 
     def decode(self, ids: Iterable[int]) -> str:
         """See Tokenizer."""

@@ -4,6 +4,7 @@ results = evaluate(model, tokenizer, pipeline, ["heldout", "needle"], limit=64)
 print(results.found["heldout"].metrics["bits_per_byte"])
 """
 
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -58,18 +59,22 @@ def evaluate(
     step: int | None = None,
     fingerprint: bool = False,
     cache: str = "",
+    harness: Any | None = None,
+    template_folder: str = "",
 ) -> Results:
     """Runs the tasks that `tasks` (names, groups, wildcards) stand for and returns what they found.
 
     `params` gives a task's own parameters by task name; what it leaves out comes from `config.eval`, then from the
     task. `length` 0 takes the length the model was trained at (`config.data.length`) or, without a config, 256.
     `fingerprint` hashes the weights into the `run` block. `cache` is a folder that keeps the results of tasks; it is
-    read where nothing that a result depends on has changed, and implies `fingerprint`.
+    read where nothing that a result depends on has changed, and implies `fingerprint`. `harness` are tasks of
+    lm-evaluation-harness (`evaluation.harness.program.prepare`), run after those of `tasks`, which may then be empty;
+    `template_folder` is where their chat template is looked for.
 
     In a run of several processes all of them must call this with the same arguments; all get the same results, and
     process 0 should write them. Raises EvaluationError before any work for unknown tasks or parameters.
     """
-    chosen = registry.match(tasks)
+    chosen = registry.match(tasks) if tasks or harness is None else []
     params, picked = {task: dict(given) for task, given in (params or {}).items()}, dict(picked or {})
     if config is not None and any(task.name == "heldout" for task in chosen):
         bounded: Any = params.setdefault("heldout", {})  # type: ignore[attr-defined]
@@ -96,26 +101,25 @@ def evaluate(
         "system_instruction": system or None,
     }
     began, found = time.perf_counter(), {}
+    common = EvalContext(
+        model=model,
+        tokenizer=tokenizer,
+        pipeline=pipeline,
+        config=config,
+        batch_size=batch_size,
+        length=length,
+        limit=limit,
+        seed=seed,
+        bootstrap_iterations=bootstrap_iterations,
+        generation=dict(generation or {}),
+        generate=generate,
+        system=system,
+        predict_only=predict_only,
+        layout=layout,
+        progress=progress,
+    )
     for task in chosen:
-        context = EvalContext(
-            model=model,
-            tokenizer=tokenizer,
-            pipeline=pipeline,
-            config=config,
-            batch_size=batch_size,
-            length=length,
-            limit=limit,
-            seed=seed,
-            params=params.get(task.name, {}),
-            bootstrap_iterations=bootstrap_iterations,
-            generation=dict(generation or {}),
-            generate=generate,
-            system=system,
-            picked=picked.get(task.name),
-            predict_only=predict_only,
-            layout=layout,
-            progress=progress,
-        )
+        context = dataclasses.replace(common, params=params.get(task.name, {}), picked=picked.get(task.name))
         if cache:
             circumstances = {
                 "task": task.name,
@@ -132,10 +136,15 @@ def evaluate(
             found[task.name] = Cache(cache)(circumstances, functools.partial(task.run, context))
         else:
             found[task.name] = task.run(context)
+    theirs: Mapping[str, Any] = {}
+    if harness is not None:
+        answers = f"{cache}/answers_{harness.fingerprint(described, tokenizer)}.jsonl" if cache else ""
+        theirs = harness.run(common, template_folder=template_folder, answers=answers)
+        settings |= harness.settings()
     name = name or (config.name if config is not None else type(model).__name__)
     date = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
     return Results(
-        name, {task.name: task for task in chosen}, found, settings, described, time.perf_counter() - began, date
+        name, {task.name: task for task in chosen}, found, settings, described, time.perf_counter() - began, date, theirs
     )
 
 

@@ -18,7 +18,7 @@ def picture(report: Report) -> str:
         colour = plots.HEAT(0.25 + 0.75 * layer / max(1, len(spectra) - 1))
         left.plot(np.arange(1, len(shares) + 1), 100 * shares, color=colour, linewidth=1.2)
     if spectra:
-        width, slices = len(spectra[0]), len(report.norm_factors[0])
+        width, slices = len(spectra[0]), len(report.norm_factors[0]) if report.norm_factors else 1
         for border in range(1, slices):
             left.axvline(border * width / slices, color=plots.SOFT, linewidth=0.9, linestyle="--")
     left.set_title("energy in the first channels of a latent, %\n(a line per layer, the last one dark; slices dashed)",

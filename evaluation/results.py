@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,7 @@ class Results:
     run: Mapping[str, Any]  # Variant, backend, mesh, dtype, versions, corpus, commit of the weights.
     seconds: float
     date: datetime.datetime
+    harness: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # What `evaluation.harness` found.
 
     def scalars(self, prefix: str = "eval/") -> dict[str, float]:
         """`eval/<task>/<metric>` and `..._stderr`, flat, for a line of metrics."""
@@ -49,7 +50,7 @@ class Results:
     def json(self) -> dict[str, Any]:
         """The whole as one JSON object: lm-evaluation-harness keys, and our `run`, `units` and `grids`."""
         groups = self._groups()
-        return finite(
+        content = finite(
             {
                 "results": {name: self._entry(name) for name in self.found},
                 "groups": {name: _entry(name, metrics, {}) for name, (_, metrics) in groups.items()},
@@ -87,6 +88,12 @@ class Results:
                 "total_evaluation_time_seconds": round(self.seconds, 3),
             }
         )
+        for key, part in finite(self.harness).items():
+            if key != "samples":
+                content.setdefault(key, {}).update(part)
+        for name, rows in self.harness.get("samples", {}).items():
+            content["task_hashes"][name] = _digest(row["doc_hash"] for row in rows)
+        return content
 
     def table(self) -> Table:
         """The console table of lm-evaluation-harness."""
@@ -108,6 +115,13 @@ class Results:
         for name, (_, metrics) in self._groups().items():
             for key, metric in metrics.items():
                 table.add_row(f"[bold]{name}[/bold]", "", "none", "0", key, *_cells(metric))
+        for kind, style in (("results", "{}"), ("groups", "[bold]{}[/bold]")):
+            for name, entry in self.harness.get(kind, {}).items():
+                version = str(self.harness["versions"].get(name) or "")
+                head = (style.format(name), version, self.harness["n-shot"].get(name, ""))
+                for filtering, key, metric in _measured(entry, self.harness["higher_is_better"].get(name, {})):
+                    table.add_row(*map(str, head[:2]), filtering, str(head[2]), key, *_cells(metric))
+                    head = ("", "", "")
         return table
 
     def write(self, folder: str | os.PathLike, *, log_samples: bool = True) -> pathlib.Path:
@@ -118,10 +132,12 @@ class Results:
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         stamp = self.date.isoformat(timespec="microseconds").replace(":", "-")
-        for name, result in self.found.items():
-            if log_samples and result.samples:
-                lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in result.samples)
+        samples = {name: result.samples for name, result in self.found.items()} | self.harness.get("samples", {})
+        for name, rows in samples.items():
+            if log_samples and rows:
+                lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
                 write_atomic(folder / f"samples_{sanitise(name)}_{stamp}.jsonl", lines)
+        for name, result in self.found.items():
             for key, grid in result.grids.items():
                 stem = f"{sanitise(name)}_{sanitise(key)}_{stamp}"
                 write_atomic(folder / f"{stem}.csv", csv(grid))
@@ -259,6 +275,17 @@ def _entry(name: str, metrics: Mapping[str, Metric], clustered: Mapping[str, flo
         if clustered.get(key) is not None:
             entry[f"{key}_stderr_clustered,none"] = clustered[key]
     return entry
+
+
+def _measured(entry: Mapping[str, Any], higher: Mapping[str, bool]) -> Iterator[tuple[str, str, Metric]]:
+    """(filter, metric's name, metric) of an entry of the harness, whose fields are called "name,filter"."""
+    for field, value in entry.items():
+        name, comma, filtering = field.rpartition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = entry.get(f"{name}_stderr,{filtering}")
+        up = higher.get(name)
+        yield filtering, name, Metric(value, error if isinstance(error, float) else None, up is None or up)
 
 
 def _cells(metric: Metric) -> tuple[str, str, str]:

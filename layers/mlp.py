@@ -1,6 +1,7 @@
 """The dense channel mixer, and what it shares with mixtures of experts."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 from layers.linear import Linear
 from layers.setting import Setting
 
-_GATED = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True)}
+_GATED: dict[str, Callable] = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True)}
 KINDS = (*_GATED, "gelu", "relu2")
 
 

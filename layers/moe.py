@@ -62,7 +62,7 @@ class Routing:
         return jax.nn.softmax(logits, axis=-1) if self.router == "softmax" else jax.nn.sigmoid(logits)
 
     def __call__(
-        self, logits: Float[Array, "R N"], correction: Float[Array, "N"] | None = None
+        self, logits: Float[Array, "R N"], correction: Float[Array, " N"] | None = None
     ) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
         """(weights, numbers) of each row's K experts, best first."""
         scores = self.scores(logits)
@@ -283,7 +283,7 @@ def _dense(kind, x, gate, up, down, product=None):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _moved(x: Float[Array, "R D"], to: Int[Array, "S"], back: Int[Array, "Q"], copies: int) -> Float[Array, "S D"]:
+def _moved(x: Float[Array, "R D"], to: Int[Array, " S"], back: Int[Array, " Q"], copies: int) -> Float[Array, "S D"]:
     """Row s is x[to[s] // copies], or 0 where there is none; `back` is where each copy of each row went.
 
     The backward pass gathers too; JAX's would scatter, which is slow on CPU and adds in no fixed order on GPU.

@@ -10,6 +10,7 @@ from models.accounting import Account, account
 from models.decoder import DecoderLM, ModelOutput
 from models.generation import generate
 from models.plan import layer_specs
+from models.pretrained import Pretrained, load_pretrained, save_pretrained
 
 
 def build(config: Mapping[str, Any], *, vocab_size: int, rngs: nnx.Rngs) -> DecoderLM:
@@ -51,4 +52,15 @@ def abstract(config: Mapping[str, Any], vocab_size: int) -> tuple[nnx.GraphDef, 
     return nnx.split(model)
 
 
-__all__ = ["Account", "DecoderLM", "ModelOutput", "abstract", "account", "build", "generate"]
+__all__ = [
+    "Account",
+    "DecoderLM",
+    "ModelOutput",
+    "Pretrained",
+    "abstract",
+    "account",
+    "build",
+    "generate",
+    "load_pretrained",
+    "save_pretrained",
+]

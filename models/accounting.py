@@ -19,6 +19,7 @@ class Account:
 
     Attributes:
         parameters: all trained numbers.
+        active_parameters: those that one token meets: of a mixture, the experts it goes to and what all tokens share.
         embedding_parameters: those in token tables.
         forward_flops_per_token: matrix products only, 2 per multiply-add, causal and window aware.
         training_flops_per_token: forward and backward, 3 times the forward.
@@ -28,6 +29,7 @@ class Account:
     """
 
     parameters: int
+    active_parameters: int
     embedding_parameters: int
     forward_flops_per_token: float
     training_flops_per_token: float
@@ -37,8 +39,9 @@ class Account:
 
     def lines(self) -> list[str]:
         """The account for people."""
+        active = "" if self.active_parameters == self.parameters else f", {self.active_parameters:,} active per token"
         return [
-            f"parameters            {self.parameters:,} ({self.embedding_parameters:,} in embeddings)",
+            f"parameters            {self.parameters:,} ({self.embedding_parameters:,} in embeddings{active})",
             f"training FLOPs/token  {self.training_flops_per_token:,.0f} (forward {self.forward_flops_per_token:,.0f})",
             f"memory, state         {_mib(self.state_bytes)} (parameters, gradients, optimiser; all devices)",
             f"memory, activations   {_mib(self.activation_bytes)} (kept for the backward pass; all devices)",
@@ -68,18 +71,18 @@ def account(
     count = sum(leaf.size for leaf in leaves)
     rows = model.embedding.table.get_value().size
     tables = rows if model.head is None else rows + model.head.weight.get_value().size
-    forward, cache = 2.0 * rows, 0.0
+    forward, cache, idle = 2.0 * rows, 0.0, 0
     itemsize = jnp.dtype(model.setting.compute_dtype).itemsize
     for stack in model.stacks:
         for block in stack.blocks:
-            matrices = [leaf for leaf in jax.tree.leaves(nnx.state(block.mlp, nnx.Param)) if leaf.ndim == 3]  # Stacked.
-            mlp = 2 * sum(leaf.size for leaf in matrices) // stack.repeats
-            forward += stack.repeats * (block.attention.flops(length) / length + mlp)
+            forward += stack.repeats * (block.attention.flops(length) + block.mlp.flops(length)) / length
+            idle += stack.repeats * block.mlp.idle_parameter_count()
             cache += stack.repeats * block.attention.cache_bytes(length, itemsize, parts) / length
     weight_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     slots = _OPTIMIZER_SLOTS.get(optimizer, 2)
     return Account(
         parameters=count,
+        active_parameters=count - idle,
         embedding_parameters=tables,
         forward_flops_per_token=forward,
         training_flops_per_token=3 * forward,

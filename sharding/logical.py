@@ -33,6 +33,8 @@ _FIELDS = {
     "slices": "config.model.attention.slices",
     "slice_heads": "config.model.attention.heads",
     "slice_head_parts": "config.model.attention.heads",
+    "experts": "config.model.mlp.experts.count",
+    "expert_mlp": "config.model.mlp.experts.width",
     "layers": "config.model.depth",
 }
 

@@ -14,10 +14,11 @@ from typing import Any
 from sharding.logical import Rule, ShardingError, unknown
 
 # Every name a layer may give to an axis of an array. `slices` cut a latent; `slice_heads` are the heads of the devices
-# that share a slice, and `slice_head_parts` those heads, cut once more over the slices.
+# that share a slice, and `slice_head_parts` those heads, cut once more over the slices. `expert_mlp` are the hidden
+# units of one expert.
 LOGICAL_AXES = (
     "batch", "length", "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab", "latent",
-    "slices", "slice_heads", "slice_head_parts", "layers", "norm",
+    "slices", "slice_heads", "slice_head_parts", "experts", "expert_mlp", "layers", "norm",
 )  # fmt: skip
 
 
@@ -52,10 +53,10 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         _table(batch=_ROWS, embed=_AT_REST, latent=_AT_REST, slices=_AT_REST),
     ),
     "tp": Preset(
-        "heads, hidden units and vocabulary over all devices (Megatron-LM, arXiv 1909.08053)",
+        "heads, hidden units, experts and vocabulary over all devices (Megatron-LM, arXiv 1909.08053)",
         _table(
             batch=_ROWS, heads=_SPLIT, kv_heads=_SPLIT_IF_ENOUGH, slice_heads=_SPLIT, slice_head_parts=_SPLIT,
-            mlp=_SPLIT, vocab=_SPLIT,
+            mlp=_SPLIT, experts=_SPLIT, vocab=_SPLIT,
         ),
         default_model=0,
     ),
@@ -64,15 +65,16 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         _table(
             batch=_ROWS, embed=_AT_REST, latent=_AT_REST, slices=_AT_REST,
             heads=_SPLIT, kv_heads=_SPLIT_IF_ENOUGH, slice_heads=_SPLIT, slice_head_parts=_SPLIT,
-            mlp=_SPLIT, vocab=_SPLIT,
+            mlp=_SPLIT, experts=_SPLIT, vocab=_SPLIT,
         ),
         default_model=2,
     ),
     "tpla": Preset(
         "latents over one mesh axis and heads over the other (TPLA, arXiv 2508.15881); all else over both",
         _table(
-            batch=_ROWS, heads=_BOTH, kv_heads=Rule(("latent",), replicable=True), mlp=_BOTH, vocab=_BOTH,
-            slices=Rule(("latent",)), slice_heads=Rule(("head",)), slice_head_parts=Rule(("head", "latent")),
+            batch=_ROWS, heads=_BOTH, kv_heads=Rule(("latent",), replicable=True), mlp=_BOTH, experts=_BOTH,
+            vocab=_BOTH, slices=Rule(("latent",)), slice_heads=Rule(("head",)),
+            slice_head_parts=Rule(("head", "latent")),
         ),
         default_model=0,
         mesh_axes=("data", "latent", "head"),

@@ -11,7 +11,7 @@ from flax import nnx
 
 import models
 from configs import attention, base
-from models.conversion import convert_to_tpla, latent
+from models.conversion import convert_to_tpla, latent, with_latent_norms
 from models.conversion.report import log_probabilities
 from models.conversion.tpla import MODES
 
@@ -217,3 +217,17 @@ def test_every_mode_is_offered():
     assert set(MODES) == {
         "mla_tp", "gla", "tpla", "tpla_norm_only", "tpla_softmax_only", "tpla_pd", "score_sum", "sequence"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"q_lora_rank": 8, "query_down_bias": True, "latent_bias": True}])
+def test_latents_without_a_norm_get_one_that_changes_nothing(options):
+    """A norm far below its epsilon only scales; exact in float64 but for what the epsilon's root is rounded to."""
+    for dtype, tolerance in (("float32", 2e-6), ("bfloat16", 3e-2)):
+        wanted = config(latent_norm="none", **options)
+        model = network(wanted, dtype)
+        made, new = with_latent_norms(model, wanted)
+        assert new["attention"]["latent_norm"] == "rms" and new["attention"]["kv_lora_rank"] == 16
+        norms = [leaf for leaf in jax.tree.leaves(nnx.state(made.stacks[0].blocks[0].attention.latent_norm))]
+        assert norms and all(np.all(np.asarray(leaf, np.float64) > 1e5) for leaf in norms)
+        assert apart(log_probabilities(made, text(4)), log_probabilities(model, text(4))) < tolerance
+    assert with_latent_norms(made, new)[0] is made

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, shows what it promises, and is committed without outputs."""
+"""The notebooks run from top to bottom, show what they promise, and are committed without outputs."""
 
 import os
 from pathlib import Path
@@ -8,25 +8,25 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
+# By notebook: how many pictures it shows, and some of what it prints.
+PROMISED = {
+    "quickstart": (5, ("(2, 32, 64)", "def ")),  # Two masks, the losses, one head, the caches.
+    "pretrained": (1, ("model.safetensors", "low rank", "tpla_softmax_only", "GQA: 384 bytes", "between the logits")),
+}
 
 
-@pytest.fixture(scope="module")
-def notebook():
-    return nbformat.read(NOTEBOOK, as_version=4)
-
-
-def test_is_committed_without_outputs(notebook):
+@pytest.mark.parametrize("name", PROMISED)
+def test_runs_and_shows_what_it_promises(name, monkeypatch):
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
     assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
-
-
-def test_runs_and_shows_its_pictures(notebook, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("XLA_FLAGS", "")
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 5  # Two masks, the losses, one head, the caches.
+    promised, words = PROMISED[name]
+    assert len(pictures) == promised
     text = "".join(output.get("text", "") for output in outputs)
-    assert "(2, 32, 64)" in text and "def " in text
+    assert all(word in text for word in words)
     assert not any(output.output_type == "error" for output in outputs)

@@ -1,6 +1,6 @@
 """A run folder's network with another attention, as a run folder of its own: to evaluate, to serve, to train on.
 
-python eval.py convert runs/mla --mode=tpla_pd --transform=pca --output=runs/tpla
+python eval.py convert runs/mla --to=tpla --mode=tpla_pd --transform=pca --output=runs/tpla
 """
 
 import argparse
@@ -29,25 +29,27 @@ def convert(
     run_dir: str | pathlib.Path,
     output: str | pathlib.Path,
     *,
+    to: str = "tpla",
     rows: int = 128,
     report_rows: int = 32,
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> conversion.Report:
-    """The run in `run_dir` with its attention converted by `conversion.convert_to_tpla(**options)`, in `output`.
+    """The run in `run_dir` with its attention converted by `conversion.KINDS[to]` with these `options`, in `output`.
 
     `rows` rows of the run's training text calibrate, `report_rows` of its held-out text measure the stages. The new
     folder holds the config, the tokenizer, one checkpoint at step 0, `conversion.json` and a picture of it. Raises what
     loading and converting raise, and RunFolderError if `output` holds a run already.
     """
+    kind = conversion.KINDS[to]
     source, target = load_run(run_dir, layout=sharding.build(_alone())), pathlib.Path(output)
     if (target / "config.json").exists():
         raise run_folder.RunFolderError(f"{target} holds a run already: give another --output")
-    calibration, held_out = _texts(source, pathlib.Path(run_dir), rows, report_rows)
-    made = conversion.convert_to_tpla(
-        source.model, fields.plain(source.config.model), calibration_ids=calibration, report_ids=held_out,
-        progress=progress, **options,
-    )  # fmt: skip
+    calibration, held_out = _texts(source, pathlib.Path(run_dir), rows if kind.calibrates else 0, report_rows)
+    texts: dict[str, Any] = dict(calibration_ids=calibration) if kind.calibrates else {}
+    made = kind.convert(
+        source.model, fields.plain(source.config.model), report_ids=held_out, progress=progress, **texts, **options
+    )
     config = _config(source.config, made.config, target)
     with run_folder.RunFolder(config) as folder:
         folder.write_config()
@@ -95,7 +97,7 @@ def _without_objective(config: ml_collections.ConfigDict) -> ml_collections.Conf
 
 def _texts(
     source: LoadedRun, folder: pathlib.Path, rows: int, report_rows: int
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     options = source.config.data.copy_and_resolve_references()
     options.tokenizer = str(folder / "tokenizer")
     pipeline = data.build(options, seed=source.config.seed)
@@ -112,26 +114,23 @@ def _texts(
             break
     if report_rows and not held_out:
         raise UserError(f"no held-out document has {length} tokens to measure stages on: give --report_rows=0")
-    return np.concatenate(found)[:rows], np.stack(held_out)[:report_rows] if held_out else None
+    return np.concatenate(found)[:rows] if rows else None, np.stack(held_out)[:report_rows] if held_out else None
 
 
 def main(argv: Sequence[str], parser: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> int:
     """The command line `eval.py convert`; returns the exit status. The `parser` decides how mistakes are told."""
-    flags = parser(prog="eval.py convert", description=__doc__, allow_abbrev=False,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    flags.add_argument("run", metavar="RUN", help="a run folder whose attention is MLA")
+    chooser = parser(add_help=False, allow_abbrev=False)
+    chooser.add_argument("--to", default="tpla", choices=conversion.KINDS, help="what the attention becomes")
+    to = chooser.parse_known_args(argv)[0].to
+    kind = conversion.KINDS[to]
+    flags = parser(prog=f"eval.py convert --to={to}", description=__doc__, allow_abbrev=False, parents=[chooser],
+                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    flags.add_argument("run", metavar="RUN", help=f"a run folder whose attention is {kind.source}")
     flags.add_argument("--output", "-o", required=True, metavar="DIR", help="the new run folder")
-    flags.add_argument("--mode", default="tpla_pd", choices=conversion.tpla.MODES)
-    flags.add_argument("--slices", type=int, default=2, help="parts of the latent")
-    flags.add_argument("--transform", default="pca", choices=conversion.tpla.TRANSFORMS)
-    flags.add_argument("--logit_factor", default="lsq", choices=conversion.tpla.LOGIT_FACTORS)
-    flags.add_argument("--norm_factor", default="auto", choices=conversion.tpla.NORM_FACTORS)
-    flags.add_argument("--norm", default="", help="slice or whole, where it should not be the mode's")
-    flags.add_argument("--out_mode", default="allreduce", help="allreduce or scatter_heads")
-    flags.add_argument("--pca_center", action="store_true", help="principal directions about the mean")
-    flags.add_argument("--rows", type=int, default=128, help="rows of training text for calibration")
+    kind.flags(flags)
+    if kind.calibrates:
+        flags.add_argument("--rows", type=int, default=128, help="rows of training text for calibration")
     flags.add_argument("--report_rows", type=int, default=32, help="rows of held-out text for the stages; 0 is none")
-    flags.add_argument("--seed", type=int, default=0, help="of the Hadamard rotation's signs")
     options = vars(flags.parse_args(argv))
     run, output = options.pop("run"), options.pop("output")
     report = convert(run, output, **options)

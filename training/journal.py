@@ -41,7 +41,7 @@ class Journal(contextlib.AbstractContextManager):
         start: int,
     ) -> None:
         self._config, self._folder, self._bar, self._clock, self._training = config, folder, bar, clock, training
-        self._tokens = config.data.batch_size * config.data.length
+        self._tokens = config.data.batch_size * config.data.length * (2 if config.data.form == "preferences" else 1)
         self._unread: tuple[int, Report, Any] | None = None
         self._writers = metrics.writers(folder.path, config, start) if processes.first() else []
         self.evaluated = {line["step"] for line in run_folder.lines(folder.path / "eval.jsonl")}

@@ -135,7 +135,12 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     if not file.is_file():
         raise RunFolderError(f"{folder} is not a run folder: it has no config.json")
     try:
-        return fields.from_plain(json.loads(file.read_bytes()))
+        content = json.loads(file.read_bytes())
+        if "model_type" in content and "model" not in content:
+            raise RunFolderError(
+                f"{folder} is a Hugging Face folder, no run: first python eval.py import {folder} --output=RUN"
+            )
+        return fields.from_plain(content)
     except ValueError as error:
         raise RunFolderError(f"{file} is damaged: {error}") from error
 

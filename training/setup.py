@@ -55,7 +55,7 @@ def build(config: ml_collections.ConfigDict, structure: Structure, layout: Layou
     options = config.optimizer
     rate = optimizers.schedule(options, config.train.steps)
     optimizer = optimizers.build(options, rate, structure.axes)
-    objective = objectives.get(config.objective.name)(config.objective, layout)
+    objective = objectives.get(config.objective.name)(_objective(config), layout)
     one = step.build(
         structure,
         objective,
@@ -83,6 +83,14 @@ def build(config: ml_collections.ConfigDict, structure: Structure, layout: Layou
         leaves=step.leaves(shapes.params),
         flops_per_token=functools.cache(lambda: account(config, tokenizer.vocab_size, layout).training_flops_per_token),
     )
+
+
+def _objective(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config.objective`, with the run that this one starts from for a reference where none is named."""
+    options = config.objective.copy_and_resolve_references()
+    with options.unlocked():
+        options.reference = options.reference or config.train.init_from
+    return options
 
 
 def account(config: ml_collections.ConfigDict, vocab_size: int, layout: Layout) -> Any:

@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.heads = 8
     config.head_dim = 32  # Width of a query or key head.
     config.value_dim = 0  # Width of a value head; 0 means head_dim.
-    config.decay = "alibi"  # alibi (released code) | paper | minimax | none: the rule for the decay of a head and layer.
+    config.decay = "alibi"  # alibi (released code) | paper | minimax | none: how fast a head of a layer forgets.
     config.layer_factor = True  # Lower layers decay faster, the top layer hardly at all.
     config.activation = "silu"  # silu | elu1 (1 + elu) | none, on queries and keys.
     config.activate_values = False  # The activation on values too.

@@ -1,1 +1,1 @@
-"""Generated tasks: associative recall on ids, needles in text. Pure functions of their settings and a seed."""
+"""Generated tasks: associative recall on ids, needles in text, pairs of answers. Pure functions of a seed."""

@@ -1,6 +1,7 @@
 """What a claim is: what it says of itself, what it is given, and what it returns."""
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,6 +65,7 @@ class Trained(Protocol):
 
 
 Train = Callable[[ml_collections.ConfigDict], Trained]  # Trains by the ordinary loop, or finds the run finished.
+Convert = Callable[..., Any]  # (run folder, new run folder, to=..., **options): what `eval.py convert` does.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,7 @@ class ClaimContext:
     params: Mapping[str, Any]
     trainer: Train
     progress: Callable[[str, int, int], None]  # Called with (what, done, total).
+    converter: Callable[[str, dict[str, Any]], pathlib.Path] | None = None  # (run folder, options) -> the new one.
 
     def train(self, config: ml_collections.ConfigDict) -> Trained:
         """The run of `config` with this seed: trained by the loop of `train.py`, continued or, if finished, reused.
@@ -81,6 +84,16 @@ class ClaimContext:
         Its folder is named by a hash of the whole config, so an equal config is trained once, whichever claim asks.
         """
         return self.trainer(fields.apply(config, {"seed": self.seed}))
+
+    def convert(self, trained: Trained, **options: Any) -> pathlib.Path:
+        """The run folder of a run with another attention, for runs to start from: `to` and the options of
+        `eval.py convert`. Its name is a hash of these, so an equal conversion is done once.
+
+        Raises EvaluationError where whoever measures has no conversions.
+        """
+        if self.converter is None:
+            raise EvaluationError("this claim converts a network, and no conversion was given: measure it with eval.py")
+        return self.converter(trained.config.run_dir, options)
 
     def pipeline(self, trained: Trained) -> data.Pipeline:
         """The texts of a run with the run's own tokenizer: what `evaluation.evaluate` wants beside the model."""

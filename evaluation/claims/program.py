@@ -13,7 +13,7 @@ from rich.table import Table
 
 from evaluation import claims, results
 from evaluation.claims import drawing, page, record, running
-from evaluation.claims.contract import Claim, Trained
+from evaluation.claims.contract import Claim, Convert, Trained
 from evaluation.claims.record import Record
 from evaluation.claims.watch import Watch
 from evaluation.contract import EvaluationError
@@ -32,13 +32,15 @@ def measure(
     given: Mapping[str, Mapping[str, Any]],
     train: Callable[[ml_collections.ConfigDict], Trained],
     *,
+    convert: Convert | None = None,
     smoke: bool = False,
     output: str = "",
 ) -> int:
     """Measures a claim, shows its verdict, and writes <slug>.json and <slug>.svg; the exit status.
 
-    `given` has parameters by slug. Without `output`, what the claim's own parameters gave is recorded in claims/ and
-    docs/claims.md is made anew, and anything else stays under runs/. A verdict is no failure: the status is 0.
+    `given` has parameters by slug; `convert` is for claims that start runs from converted ones. Without `output`, what
+    the claim's own parameters gave is recorded in claims/ and docs/claims.md is made anew, and anything else stays
+    under runs/. A verdict is no failure: the status is 0.
     """
     claim = claims.get(slug)
     stray = sorted(given.keys() - {slug})
@@ -49,7 +51,7 @@ def measure(
     folder = pathlib.Path(output) if output else record.FOLDER if own else running.HOME
     watch = Watch()
     try:
-        found, kept = running.measure(claim, parameters, train, watch)
+        found, kept = running.measure(claim, parameters, train, watch, convert)
     except (KeyboardInterrupt, Stopped) as error:
         watch.say(f"stopped; the same command goes on with the seeds kept under {running.HOME / slug}")
         return error.status if isinstance(error, Stopped) else 130

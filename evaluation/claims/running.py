@@ -15,7 +15,7 @@ import ml_collections
 
 from configs import fields
 from evaluation import results
-from evaluation.claims.contract import Claim, ClaimContext, Number, Train, Trained
+from evaluation.claims.contract import Claim, ClaimContext, Convert, Number, Train, Trained
 from evaluation.claims.record import Measurement, Record, judged, plain_json
 from evaluation.claims.watch import Watch
 from evaluation.contract import EvaluationError
@@ -73,7 +73,9 @@ class Kept:
         return self.folder / f"seed-{seed}.json"
 
 
-def measure(claim: Claim, parameters: Mapping[str, Any], train: Train, watch: Watch) -> tuple[Record, Kept]:
+def measure(
+    claim: Claim, parameters: Mapping[str, Any], train: Train, watch: Watch, convert: Convert | None = None
+) -> tuple[Record, Kept]:
     """Every seed measured, or found among those kept, and the checks decided; and what was kept, to be forgotten."""
     environment, seeds = results.environment(), parameters["seeds"]
     kept, outcomes = Kept(claim, parameters, environment), []
@@ -83,7 +85,7 @@ def measure(claim: Claim, parameters: Mapping[str, Any], train: Train, watch: Wa
             watch.say(f"{head}: kept from {outcome.date} in {kept.folder}")
         else:
             watch.say(head)
-            outcome = _one(claim, parameters, seed, train, watch)
+            outcome = _one(claim, parameters, seed, train, watch, convert)
             kept.write(outcome)
         outcomes.append(outcome)
     commits = dict.fromkeys(outcome.commit for outcome in outcomes if outcome.commit)
@@ -110,7 +112,9 @@ def measure(claim: Claim, parameters: Mapping[str, Any], train: Train, watch: Wa
     return judged(record, claim), kept
 
 
-def _one(claim: Claim, parameters: Mapping[str, Any], seed: int, train: Train, watch: Watch) -> Outcome:
+def _one(
+    claim: Claim, parameters: Mapping[str, Any], seed: int, train: Train, watch: Watch, convert: Convert | None
+) -> Outcome:
     began, runs = time.perf_counter(), []
 
     def trained(config: ml_collections.ConfigDict) -> Trained:
@@ -121,7 +125,15 @@ def _one(claim: Claim, parameters: Mapping[str, Any], seed: int, train: Train, w
         runs.append({"folder": str(folder), "step": int(run.step), "reused": reused})
         return run
 
-    context = ClaimContext(seed, parameters, trained, watch.report)
+    def converted(run_dir: str, options: dict[str, Any]) -> pathlib.Path:
+        folder = HOME / "converted" / f"{results.sanitise(options['to'])}-{_digest([run_dir, options])}"
+        if not (folder / "converted").is_file():  # Or one was broken off.
+            shutil.rmtree(folder, ignore_errors=True)
+            convert(run_dir, folder, **options)
+            (folder / "converted").touch()
+        return folder
+
+    context = ClaimContext(seed, parameters, trained, watch.report, converted if convert else None)
     try:
         numbers = _distinct(claim.slug, claim.run(context))
     finally:

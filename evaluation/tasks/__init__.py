@@ -68,6 +68,11 @@ def match(patterns: Iterable[str]) -> list[Task]:
     return [get(name) for name in dict.fromkeys(chosen)]
 
 
+def known(pattern: str) -> bool:
+    """Whether a name, group or wildcard stands for any task here."""
+    return pattern in groups() or bool(fnmatch.filter(names(), pattern))
+
+
 def include(folder: str | pathlib.Path) -> Sequence[str]:
     """Adds the tasks of every .py file in `folder` (its `TASKS`); returns their names."""
     files = sorted(pathlib.Path(folder).glob("*.py"))

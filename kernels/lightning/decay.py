@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-RULES = ("alibi", "paper", "none")
+RULES = ("alibi", "paper", "minimax", "none")
 
 
 def decay_rates(
@@ -20,6 +20,8 @@ def decay_rates(
       two, the slopes of the power below it followed by every other slope of the power above. Times 1 - l/(L-1) + 1e-5
       with `layer_factor`; a single layer counts as the lowest.
     - "paper" (arXiv 2405.17381): 8h/H, h = 0..H-1, so that head 0 never forgets. Times 1 - l/L with `layer_factor`.
+    - "minimax" (MiniMax-01, arXiv 2501.08313, as released): 2^(-8h/H), h = 1..H, whatever H is. Times
+      1 - l/(L - 1 + 1e-5) + 1e-5 with `layer_factor`.
     - "none": all 0, plain causal linear attention.
 
     Raises: `ValueError` for an unknown rule or heads or depth below 1.
@@ -33,6 +35,10 @@ def decay_rates(
         return jnp.zeros(heads, jnp.float32)
     if rule == "paper":
         slopes, factor = 8.0 * np.arange(heads) / heads, 1.0 - layer / depth
+    elif rule == "minimax":
+        slopes = 2.0 ** (-8.0 * np.arange(1, heads + 1) / heads)
+        # One layer's factor by the difference: 1 - l/(...) would lose all digits at the top.
+        factor = (depth - 1 - layer + 1e-5) / (depth - 1 + 1e-5) + 1e-5
     else:
         slopes, factor = alibi_slopes(heads), (max(depth - 1, 1) - layer) / max(depth - 1, 1) + 1e-5
     return jnp.asarray(slopes, jnp.float32) * (factor if layer_factor else 1.0)

@@ -31,7 +31,7 @@ IMPLEMENTATIONS = {
 def ragged(
     x: Float[Array, "R I"],
     w: Float[Array, "N I O"],
-    sizes: Int[Array, "N"],
+    sizes: Int[Array, " N"],
     *,
     implementation: str | None = None,
 ) -> Float[Array, "R O"]:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def ragged(x: Float[Array, "R I"], w: Float[Array, "N I O"], sizes: Int[Array, "N"]) -> Float[Array, "R O"]:
+def ragged(x: Float[Array, "R I"], w: Float[Array, "N I O"], sizes: Int[Array, " N"]) -> Float[Array, "R O"]:
     """Row r times the matrix of its group, accumulated in at least float32; 0 where no group holds r."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     ends = jnp.cumsum(sizes)

@@ -16,14 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 from kernels.linear.xla import linear_cpu
 from kernels.varying import alike
 
-SIZE=None
 SMALLEST, LARGEST = 16, 256  # Rows of a tile; between them about half to all of an average group.
 
 
 @jax.custom_vjp
-def ragged(x: Float[Array, "R I"], w: Float[Array, "N I O"], sizes: Int[Array, "N"]) -> Float[Array, "R O"]:
+def ragged(x: Float[Array, "R I"], w: Float[Array, "N I O"], sizes: Int[Array, " N"]) -> Float[Array, "R O"]:
     """Row r times the matrix of its group; 0 where no group holds r."""
-
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     narrow = w.astype(x.dtype)
 
     def tile(out: Array, own: Bool[Array, "t 1"], start: Array, group: Array) -> Array:
@@ -31,7 +30,7 @@ def ragged(x: Float[Array, "R I"], w: Float[Array, "N I O"], sizes: Int[Array, "
         y = linear_cpu(_rows(x, start, own), narrow[group]).astype(out.dtype)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(own, y, before), start, 0)
 
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    # Wide, because in bfloat16 the compiler copies all of what is written to, tile by tile.
     return _over_tiles(tile, jnp.zeros((x.shape[0], w.shape[2]), wide), x, w, sizes).astype(x.dtype)
 
 
@@ -49,7 +48,7 @@ ragged.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def outer(
-    x: Float[Array, "R I"], y: Float[Array, "R O"], sizes: Int[Array, "N"], dtype: jax.typing.DTypeLike
+    x: Float[Array, "R I"], y: Float[Array, "R O"], sizes: Int[Array, " N"], dtype: jax.typing.DTypeLike
 ) -> Float[Array, "N I O"]:
     """For each group the sum over its rows of x^T y."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -75,7 +74,7 @@ def _outer_backward(dtype, saved, dw):
 outer.defvjp(_outer_forward, _outer_backward)
 
 
-def _over_tiles(tile: Callable, carry: Array, a: Array, b: Array, sizes: Int[Array, "N"]) -> Array:
+def _over_tiles(tile: Callable, carry: Array, a: Array, b: Array, sizes: Int[Array, " N"]) -> Array:
     """`tile(carry, which rows count, first row, group)` for every tile of every group, in order.
 
     The last tile of the array is moved up to end with it; rows that its predecessor has done do not count again.
@@ -83,7 +82,7 @@ def _over_tiles(tile: Callable, carry: Array, a: Array, b: Array, sizes: Int[Arr
     rows = a.shape[0]
     if not rows:
         return carry
-    size = min(rows, SIZE or tile_rows(rows, sizes.shape[0]))
+    size = tile_rows(rows, sizes.shape[0])
     ends = jnp.cumsum(sizes)
     tiles = -(-sizes // size)
     last = jnp.cumsum(tiles)

@@ -11,7 +11,7 @@ _WEIGHT = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dim
 
 
 @jax.custom_vjp
-def ragged(x: Float[Array, "R I"], w: Float[Array, "N I O"], sizes: Int[Array, "N"]) -> Float[Array, "R O"]:
+def ragged(x: Float[Array, "R I"], w: Float[Array, "N I O"], sizes: Int[Array, " N"]) -> Float[Array, "R O"]:
     """Row r times the matrix of its group; 0 where no group holds r."""
     return _rows(x, w, sizes, _FORWARD)
 

@@ -24,19 +24,22 @@ class LatentWeights:
         down: W_DKV without the rotated key's columns.
         gain: of the latent's norm; None where there is no norm.
         key_up, value_up: W_UK, W_UV.
+        bias: of W_DKV; None where there is none.
     """
 
     down: Float[np.ndarray, "D d"]
     gain: Float[np.ndarray, " d"] | None
     key_up: Float[np.ndarray, "d h n"]
     value_up: Float[np.ndarray, "d h v"]
+    bias: Float[np.ndarray, " d"] | None = None
 
     def folded(self) -> "LatentWeights":
         """The gain multiplied into W_UK and W_UV (TPLA, arXiv 2508.15881, section 3): the same function."""
         if self.gain is None:
             return self
         gain = self.gain[:, None, None]
-        return LatentWeights(self.down, np.ones_like(self.gain), gain * self.key_up, gain * self.value_up)
+        ups = dict(key_up=gain * self.key_up, value_up=gain * self.value_up)
+        return dataclasses.replace(self, gain=np.ones_like(self.gain), **ups)
 
     def rotated(self, rotation: Float[np.ndarray, "d d"]) -> "LatentWeights":
         """The latent times an orthogonal matrix, undone in W_UK and W_UV: the same function, since a norm without a
@@ -44,7 +47,8 @@ class LatentWeights:
         if self.gain is not None and np.any(self.gain != 1):
             raise ConversionError("a latent can only be rotated when its norm has no gain: fold it away first")
         turned = [np.einsum("ce,chn->ehn", rotation, up) for up in (self.key_up, self.value_up)]
-        return LatentWeights(self.down @ rotation, self.gain, *turned)
+        bias = None if self.bias is None else self.bias @ rotation
+        return LatentWeights(self.down @ rotation, self.gain, *turned, bias)
 
 
 def weights_of(arrays: dict[str, Any], prefix: str, layer: int, heads: int) -> LatentWeights:
@@ -53,18 +57,26 @@ def weights_of(arrays: dict[str, Any], prefix: str, layer: int, heads: int) -> L
     def get(name: str) -> np.ndarray:
         return np.asarray(arrays[f"{prefix}.{name}"][layer], np.float64)
 
-    gain = get("latent_norm.gain") if f"{prefix}.latent_norm.gain" in arrays else None
-    down, key_up, value_up = get("latent.weight"), get("key_up.weight"), get("value_up.weight")
-    return LatentWeights(down, gain, key_up.reshape(len(key_up), heads, -1), value_up.reshape(len(value_up), heads, -1))
+    def perhaps(name: str) -> np.ndarray | None:
+        return get(name) if f"{prefix}.{name}" in arrays else None
+
+    ups = (up.reshape(len(up), heads, -1) for up in (get("key_up.weight"), get("value_up.weight")))
+    return LatentWeights(get("latent.weight"), perhaps("latent_norm.gain"), *ups, perhaps("latent.bias"))
 
 
-def store(weights: LatentWeights, arrays: dict[str, Any], prefix: str, layer: int) -> None:
-    """Puts the weights in their places, whose arrays are writable NumPy ones, in those arrays' types."""
-    arrays[f"{prefix}.latent.weight"][layer] = weights.down
-    if weights.gain is not None:
-        arrays[f"{prefix}.latent_norm.gain"][layer] = weights.gain
-    for name, up in (("key_up", weights.key_up), ("value_up", weights.value_up)):
-        arrays[f"{prefix}.{name}.weight"][layer] = up.reshape(len(up), -1)
+def named(weights: dict[int, LatentWeights]) -> dict[int, dict[str, np.ndarray]]:
+    """The arrays of each layer by the names they have in it."""
+
+    def of(own: LatentWeights) -> dict[str, np.ndarray]:
+        vectors = {"latent_norm.gain": own.gain, "latent.bias": own.bias}
+        ups = {"key_up.weight": own.key_up, "value_up.weight": own.value_up}
+        return (
+            {name: vector for name, vector in vectors.items() if vector is not None}
+            | {"latent.weight": own.down}
+            | {name: up.reshape(len(up), -1) for name, up in ups.items()}
+        )
+
+    return {layer: of(own) for layer, own in weights.items()}
 
 
 def hadamard(size: int, rng: np.random.Generator) -> Float[np.ndarray, "d d"]:

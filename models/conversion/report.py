@@ -42,6 +42,7 @@ class Report:
         spectra: share of the latent's energy in each channel after the rotation, per layer; () for layers without.
         energies: share of each slice, per layer.
         norm_factors, logit_factors: alpha and mu of each slice, per layer.
+        found: what the conversion chose itself, by name.
     """
 
     options: dict[str, object]
@@ -50,6 +51,7 @@ class Report:
     energies: tuple[tuple[float, ...], ...] = ()
     norm_factors: tuple[tuple[float, ...], ...] = ()
     logit_factors: tuple[tuple[float, ...], ...] = ()
+    found: dict[str, object] = dataclasses.field(default_factory=dict)
 
     def table(self) -> str:
         """The stages as lines of text."""

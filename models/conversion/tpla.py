@@ -1,20 +1,18 @@
 """MLA -> TPLA (arXiv 2508.15881, sections 3, 4): fold the norm's gain, rotate the latent, set each slice's factors."""
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, Int
 
 from configs import attention as presets
 from configs.errors import unknown
 from layers.attention.tpla import MODES as SLICED_MODES
-from models import build
-from models.conversion import calibration, latent, report
+from models.conversion import calibration, latent, networks, report
+from models.conversion.contract import Conversion
 from models.conversion.latent import ConversionError, LatentWeights
 from models.conversion.report import Report
 from models.decoder import DecoderLM
@@ -27,15 +25,6 @@ TRANSFORMS = ("identity", "hadamard", "pca")
 LOGIT_FACTORS = ("lsq", "one", "energy", "inv_energy")
 NORM_FACTORS = ("auto", "inv_energy", "balanced")
 _CAP = 8.0  # Of 1 / energy as a factor of logits.
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversion:
-    """A converted network, its `config.model`, and what its stages cost."""
-
-    model: DecoderLM
-    config: dict[str, Any]
-    report: Report
 
 
 def convert_to_tpla(
@@ -86,9 +75,9 @@ def convert_to_tpla(
     ):
         if value not in known:
             raise ConversionError(unknown(name, value, known))
-    options_of_model: dict[str, Any] = _plain(config)
+    options_of_model: dict[str, Any] = networks.plain(config)
     specs = layer_specs(options_of_model)
-    places = _places(model, specs)
+    places = networks.places(model, specs, _convertible)
     _check(specs, places, slices, mode, transform)
     sliced = mode in SLICED_MODES
     fitted = sliced and logit_factor == "lsq" and slices > 1
@@ -98,9 +87,12 @@ def convert_to_tpla(
             f"transform={transform!r} with logit_factor={logit_factor!r} needs calibration_ids: [rows, length] of text"
         )
 
-    source = _arrays(model)
-    folded = {layer: _weights(source, specs, place, layer).folded() for layer, place in places.items()}
-    plain_model = _with(model, None, source, folded, places)
+    source = networks.arrays(model)
+    folded = {
+        layer: latent.weights_of(source, *place, specs[layer]["attention"]["heads"]).folded()
+        for layer, place in places.items()
+    }
+    plain_model = networks.like(model, None, latent.named(folded))
     told = None if progress is None else (lambda done, total: progress("latents", done, total))
     found = calibration.moments(plain_model, calibration_ids, list(places), told) if measured else {}
     rotated, energies, spectra = {}, {}, {}
@@ -121,7 +113,7 @@ def convert_to_tpla(
     alphas = {layer: _norm_factors(energies.get(layer), slices, balanced) for layer in places}
     whole = options.get("norm") == "whole" or options.get("prefill") == "whole"  # What most of the cache will hold.
     rows = None if calibration_ids is None else calibration_ids[:logit_rows]
-    turned = _with(model, None, source, rotated, places)
+    turned = networks.like(model, None, latent.named(rotated))
     if fitted:
         mus = _fitted(turned, rows, rotated, specs, None if whole else alphas, slices)
     else:
@@ -130,7 +122,7 @@ def convert_to_tpla(
     def made(mode: str) -> tuple[DecoderLM, dict[str, Any]]:
         changes = dict(SLICED_MODES.get(mode, {}), out_mode=out_mode)
         changes |= {"norm": norm} if norm and mode in SLICED_MODES else {}
-        return _converted(model, options_of_model, source, rotated, places, mode, slices, changes, alphas, mus)
+        return _converted(model, options_of_model, rotated, mode, slices, changes, alphas, mus)
 
     result, result_config = made(mode)
     asked = dict(slices=slices, mode=mode, transform=transform, logit_factor=logit_factor, norm_factor=norm_factor,
@@ -220,9 +212,7 @@ def _fitted(
 def _converted(
     model: DecoderLM,
     config: dict[str, Any],
-    source: dict[str, np.ndarray],
     weights: dict[int, LatentWeights],
-    places: dict[int, tuple[str, int]],
     mode: str,
     slices: int,
     changes: dict[str, Any],
@@ -232,13 +222,11 @@ def _converted(
     new_config = _new_config(config, mode, slices, changes)
     if mode == "gla":
         weights = {layer: _grouped(own, alphas[layer], mus[layer]) for layer, own in weights.items()}
-    constants = {}
+    named = latent.named(weights)
     if mode in SLICED_MODES:
-        for layer, (prefix, row) in places.items():
-            for name, factors in (("norm_factor", alphas), ("logit_factor", mus)):
-                constants.setdefault(f"{prefix}.{name}", {})[row] = factors[layer]
-    same = None if new_config == config else new_config
-    return _with(model, same, source, weights, places, constants), new_config
+        for layer, arrays in named.items():
+            arrays |= dict(norm_factor=alphas[layer], logit_factor=mus[layer])
+    return networks.like(model, None if new_config == config else new_config, named), new_config
 
 
 def _grouped(own: LatentWeights, alpha: np.ndarray, mu: np.ndarray) -> LatentWeights:
@@ -252,7 +240,7 @@ def _grouped(own: LatentWeights, alpha: np.ndarray, mu: np.ndarray) -> LatentWei
         own_rows = np.stack([factor[j] * cut[j, :, j] for j in range(groups)], axis=1)
         return own_rows.reshape(own_rows.shape[0], up.shape[1], up.shape[2])
 
-    return LatentWeights(own.down, own.gain, kept(own.key_up, rest * mu), kept(own.value_up, rest))
+    return dataclasses.replace(own, key_up=kept(own.key_up, rest * mu), value_up=kept(own.value_up, rest))
 
 
 def _new_config(config: dict[str, Any], mode: str, slices: int, changes: dict[str, Any]) -> dict[str, Any]:
@@ -266,70 +254,21 @@ def _new_config(config: dict[str, Any], mode: str, slices: int, changes: dict[st
         wanted = presets.get(name).to_dict()
         return wanted | {field: value for field, value in options.items() if field in wanted} | own | {"layer": name}
 
-    exceptions = tuple(
-        (blocks, {field: new(value) if field == "attention" else value for field, value in dict(fields).items()})
-        for blocks, fields in config["per_layer"]
-    )
-    return config | dict(attention=new(config["attention"]), per_layer=exceptions)
+    return networks.with_attention(config, new)
 
 
-def _places(model: DecoderLM, specs: list[dict]) -> dict[int, tuple[str, int]]:
-    """Layers of MLA with one latent: number -> (its attention's prefix in the arrays, its row in the stack)."""
-    places = {}
-    for s, stack in enumerate(model.stacks):
-        for layer in range(stack.first, stack.first + stack.repeats * stack.period):
-            options = specs[layer]["attention"]
-            if options["layer"] == "mla" and options["latents"] == 1:
-                row, block = divmod(layer - stack.first, stack.period)
-                places[layer] = (f"stacks.{s}.blocks.{block}.attention", row)
-    return dict(sorted(places.items()))
+def _convertible(options: dict[str, Any]) -> bool:
+    return options["layer"] == "mla" and options["latents"] == 1
 
 
-def _weights(arrays: dict, specs: list[dict], place: tuple[str, int], layer: int) -> LatentWeights:
-    return latent.weights_of(arrays, *place, specs[layer]["attention"]["heads"])
-
-
-def _arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The arrays of a network by dotted name, on the host."""
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-    return {_name(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def _name(path: tuple) -> str:
-    return ".".join(str(key.key) for key in path)
-
-
-def _with(
-    model: DecoderLM,
-    config: dict[str, Any] | None,
-    source: dict[str, np.ndarray],
-    weights: dict[int, LatentWeights],
-    places: dict[int, tuple[str, int]],
-    constants: dict[str, dict[int, np.ndarray]] | None = None,
-) -> DecoderLM:
-    """The network of `config` (None: like `model`) with the arrays of `source`, the layers' `weights` and constants."""
-    if config is not None:
-        model = nnx.eval_shape(lambda: build(config, vocab_size=model.vocab_size, rngs=nnx.Rngs(0)))
-    definition, state = nnx.split(model)
-    pure = nnx.to_pure_dict(state)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(pure)
-    arrays = {}
-    for path, leaf in leaves:
-        name = _name(path)
-        given = source.get(name)
-        same = given is not None and given.shape == leaf.shape
-        arrays[name] = given.copy() if same else np.zeros(leaf.shape, leaf.dtype)
-    for layer, own in weights.items():
-        latent.store(own, arrays, *places[layer])
-    for name, rows in (constants or {}).items():
-        for row, values in rows.items():
-            arrays[name][row] = values
-    filled = jax.tree_util.tree_unflatten(tree, [jnp.asarray(arrays[_name(path)]) for path, _ in leaves])
-    nnx.replace_by_pure_dict(state, filled)
-    return nnx.merge(definition, state)
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "items"):
-        return {name: _plain(item) for name, item in value.items()}
-    return value
+def flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `eval.py convert --to=tpla`."""
+    parser.add_argument("--mode", default="tpla_pd", choices=MODES)
+    parser.add_argument("--slices", type=int, default=2, help="parts of the latent")
+    parser.add_argument("--transform", default="pca", choices=TRANSFORMS)
+    parser.add_argument("--logit_factor", default="lsq", choices=LOGIT_FACTORS)
+    parser.add_argument("--norm_factor", default="auto", choices=NORM_FACTORS)
+    parser.add_argument("--norm", default="", help="slice or whole, where it should not be the mode's")
+    parser.add_argument("--out_mode", default="allreduce", help="allreduce or scatter_heads")
+    parser.add_argument("--pca_center", action="store_true", help="principal directions about the mean")
+    parser.add_argument("--seed", type=int, default=0, help="of the Hadamard rotation's signs")

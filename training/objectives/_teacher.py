@@ -1,4 +1,4 @@
-"""The network that another one learns from: the weights of a finished run, which stay as they are."""
+"""The network that another one is compared with: the weights of a finished run, which stay as they are."""
 
 import dataclasses
 from typing import Any
@@ -15,29 +15,33 @@ from kernels import tokens
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen network. Its arrays go into the step as an argument, not as constants of the compiled program."""
+    """A frozen network. Its arrays go into the step as an argument, not as constants of the compiled program.
+
+    `field` of `config.objective` names it.
+    """
 
     definition: Any
     arrays: Any
+    field: str = "teacher"
 
     @classmethod
-    def load(cls, run_dir: str, layout: Any) -> "Teacher":
+    def load(cls, run_dir: str, layout: Any, field: str = "teacher") -> "Teacher":
         """The network of a run folder, placed by `layout`. Raises ConfigError where none is named, and what
         `training.load_run` raises."""
         from training.loading import load_run  # Which needs the objectives itself.
 
         if not run_dir:
             raise ConfigError(
-                "this objective learns from another network: set config.objective.teacher to a run folder"
+                f"this objective learns from another network: set config.objective.{field} to a run folder"
             )
-        return cls(*nnx.split(load_run(run_dir, layout=layout).model))
+        return cls(*nnx.split(load_run(run_dir, layout=layout).model), field)
 
     def model(self, arrays: Any, student: Any) -> Any:
         """The network with its arrays in it. Raises ConfigError if its vocabulary is not the student's."""
         model = nnx.merge(self.definition, jax.lax.stop_gradient(arrays))
         if model.vocab_size != student.vocab_size:
             raise ConfigError(
-                f"config.objective.teacher has a vocabulary of {model.vocab_size} tokens, the model one of "
+                f"config.objective.{self.field} has a vocabulary of {model.vocab_size} tokens, the model one of "
                 f"{student.vocab_size}: both must be trained with one tokenizer"
             )
         return model

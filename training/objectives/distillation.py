@@ -13,7 +13,11 @@ from training.objectives.next_token import summed
 
 def build(options: ml_collections.ConfigDict, layout: Any = None) -> "Distillation":
     """`options.divergence` times temperature^2 KL(teacher || model), both softened by `options.temperature`, plus
-    `options.cross_entropy` times the cross-entropy of the text, plus the model's own losses."""
+    `options.cross_entropy` times the cross-entropy of the text, plus the model's own losses.
+
+    The divergence is a mean per token; with `options.reduction` "row" it is that times the tokens of a row, which of
+    full rows is the sum over positions divided by rows, as X-EcoMLA's code has it (arXiv 2503.11132).
+    """
     return Distillation(options, Teacher.load(options.teacher, layout))
 
 
@@ -34,5 +38,7 @@ class Distillation(Taught):
         metrics = {name: value for name, value in output.aux.items() if jnp.ndim(value) == 0}
         metrics |= {"divergence": divergence, "cross_entropy": nll}
         own = sum((value for name, value in output.aux.items() if name.startswith("loss/")), start=jnp.float32(0))
+        if self.options.reduction == "row":
+            divergence = divergence * weights.shape[1]
         loss = self.options.divergence * temperature**2 * divergence + self.options.cross_entropy * nll
         return loss + own, metrics

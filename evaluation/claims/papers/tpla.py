@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -16,7 +15,6 @@ from evaluation.claims import (
     ClaimContext,
     Rule,
     Table,
-    Trained,
     at_most,
     drawing,
     less,
@@ -25,7 +23,7 @@ from evaluation.claims import (
     ordered,
 )
 from evaluation.claims.record import Record
-from evaluation.contract import EvaluationError
+from evaluation.claims.texts import rows_of
 from models.conversion import convert_to_tpla
 from models.conversion.report import log_probabilities, measured
 
@@ -54,7 +52,7 @@ def run(context: ClaimContext) -> Iterator[Any]:
         config.optimizer.warmup_steps = max(1, p["steps"] // 20)
         config.checkpoint.every, config.eval.tasks, config.eval.sample_prompts = 0, (), ()
     trained = context.train(config)
-    calibration, ids = _texts(context, trained, p["rows"], p["calibration"])
+    calibration, ids = rows_of(context, trained, p["rows"], p["calibration"])
     original = log_probabilities(trained.model, ids)
     half = ids.shape[1] // 2
 
@@ -95,29 +93,6 @@ def run(context: ClaimContext) -> Iterator[Any]:
     )
     yield number("perplexity", perplexity(log_probabilities(grouped.model, ids)), transform="identity", form="GLA")
     context.report("conversions", total, total)
-
-
-def _texts(
-    context: ClaimContext, trained: Trained, rows: int, calibration: int
-) -> tuple[Int[np.ndarray, "C T"], Int[np.ndarray, "N T"]]:
-    """Rows of held-out text as long as those of training: for calibration, and, from other documents, for measuring."""
-    length = trained.config.data.length
-    cut: tuple[list, list] = [], []
-    for place, document in enumerate(context.pipeline(trained).heldout_documents()):
-        ids = np.asarray(trained.tokenizer.encode(document.text))
-        ids = ids[: len(ids) // length * length].reshape(-1, length)
-        cut[place % 2].extend(ids)
-    rng = np.random.default_rng(0)  # The same text for every seed.
-    if len(cut[0]) < calibration or len(cut[1]) < rows:
-        raise EvaluationError(
-            f"the held-out text has {len(cut[0])} and {len(cut[1])} rows of {length} tokens, too few for "
-            f"tpla.calibration={calibration} and tpla.rows={rows}: make these smaller, or tpla.files larger"
-        )
-    first, second = (
-        np.stack([part[i] for i in rng.permutation(len(part))[:count]])
-        for part, count in zip(cut, (calibration, rows), strict=True)
-    )
-    return first.astype(np.int32), second.astype(np.int32)
 
 
 def _form(transform: str, form: str) -> Any:
