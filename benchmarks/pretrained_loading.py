@@ -5,8 +5,9 @@
 
 Both find the files in the page cache. A plain read takes every file whole into fresh memory (`read_bytes`, one file
 after the other). Loads and reads alternate within each round, and medians and best rounds are kept, since the machines
-this runs on drift. Memory is what the peak of a process of its own grows by. Wanted: time within 1.5 times the read, and
-memory within the parameters and 1.3 times the largest file. Results go to benchmarks/results/pretrained_loading.json.
+this runs on drift. Memory is what the peak of a process of its own grows by. Wanted: time within 1.5 times the read,
+and memory within the parameters and 1.3 times the largest file. Results go to
+benchmarks/results/pretrained_loading.json.
 """
 
 import argparse

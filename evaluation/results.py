@@ -294,7 +294,7 @@ def _cells(metric: Metric) -> tuple[str, str, str]:
 
 
 def _shown(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}" if abs(value) < 1e6 else f"{value:.3e}"
 
 
 def _digest(parts: Iterable[Any]) -> str:

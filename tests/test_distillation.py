@@ -32,9 +32,9 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def network(seed: int, variant: str = "mla", vocabulary: int = VOCABULARY, depth: int = 2):
+def network(seed: int, variant: str = "mla", vocabulary: int = VOCABULARY, depth: int = 2, width: int = 16):
     config = base.get_config().model
-    config.width, config.depth, config.max_length, config.mlp.width, config.init_std = 16, depth, 32, 24, 0.3
+    config.width, config.depth, config.max_length, config.mlp.width, config.init_std = width, depth, 32, 24, 0.3
     config.attention = attention.get(variant)
     small = dict(heads=2, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)
     config.attention.update(small)
@@ -74,10 +74,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_divergence_from_the_teacher(temperature):
-    teacher, student, data = network(0), network(1), batch()
-    _, loss = loss_of(distillation.Distillation, teacher, temperature=temperature, cross_entropy=0.5)
+@pytest.mark.parametrize(("temperature", "larger", "reduction"), [(1.0, {}, "token"), (2.0, {"width": 24}, "row")])
+def test_divergence_from_the_teacher(temperature, larger, reduction):
+    """Also from a teacher of another size; the divergence the other way round would be another number."""
+    teacher, student, data = network(0, **larger), network(1), batch()
+    options = dict(temperature=temperature, cross_entropy=0.5, reduction=reduction)
+    _, loss = loss_of(distillation.Distillation, teacher, **options)
     found, metrics = loss(student)
     theirs, ours = (
         np.asarray(model(data["inputs"]).logits, np.float64)[..., :VOCABULARY] for model in (teacher, student)
@@ -87,7 +89,10 @@ def test_divergence_from_the_teacher(temperature):
     chosen = np.take_along_axis(log_softmax(ours), data["targets"][..., None], -1)[..., 0]
     nll = -np.sum(data["weight"] * chosen) / data["weight"].sum()
     np.testing.assert_allclose(metrics["divergence"], divergence, rtol=1e-5)
-    np.testing.assert_allclose(found, temperature**2 * divergence + 0.5 * nll, rtol=1e-5)
+    reverse = np.sum(data["weight"] * np.sum(np.exp(q) * (q - p), -1)) / data["weight"].sum()
+    assert abs(reverse - divergence) > 1e-2 * divergence
+    times = LENGTH if reduction == "row" else 1
+    np.testing.assert_allclose(found, temperature**2 * times * divergence + 0.5 * nll, rtol=1e-5)
 
 
 @pytest.mark.parametrize("given", ["teacher", "own"])

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+import models
 import sharding
 from configs import base
 from kernels.tokens import Tokens
@@ -178,18 +179,19 @@ def test_the_config_that_transformers_writes_means_the_same(name):
     assert given == saved
 
 
-def test_generate_follows_the_folder(folder):
-    """Greedy by default, up to the stop ids of generation_config.json; texts need a tokenizer."""
-    wanted = golden.load("llama_linear")
+def test_generate_follows_the_folder(folder, monkeypatch):
+    """What is handed to `models.generate`: greedy by default, up to the stop ids of generation_config.json."""
     loaded = load_pretrained(folder("llama_linear"))
-    ids = wanted.tokens[:1].copy()
-    for place in range(6, 9):  # What follows a token does not matter to it.
-        ids[0, place] = np.asarray(loaded(ids))[0, place - 1].argmax()
-    loaded.generation = {"eos_token_id": [int(ids[0, 8]), 95], "temperature": 0.5}
-    assert loaded._said() == {"stop_ids": [ids[0, 8], 95]}
-    assert loaded.generate([ids[0, :6].tolist()], max_new_tokens=4) == [ids[0, 6:8].tolist()]
+    given = []
+    monkeypatch.setattr(models, "generate", lambda model, ids, **options: given.append((ids, options)) or ids)
+    assert loaded.generate([[1, 2]], max_new_tokens=4) == [[1, 2]]
+    loaded.generation = {"eos_token_id": [7, 95], "temperature": 0.5}
+    loaded.generate([[1, 2]], max_new_tokens=4)
     loaded.generation |= {"do_sample": True, "top_k": 3}
-    assert loaded._said() == {"stop_ids": [ids[0, 8], 95], "temperature": 0.5, "top_k": 3}
+    loaded.generate([[1, 2]], max_new_tokens=4, top_k=5, seed=1)
+    wanted = {"max_new_tokens": 4, "stop_ids": []}, {"max_new_tokens": 4, "stop_ids": [7, 95]}
+    sampled = {"temperature": 0.5, "top_k": 5, "seed": 1}
+    assert given == [([[1, 2]], wanted[0]), ([[1, 2]], wanted[1]), ([[1, 2]], wanted[1] | sampled)]
     with pytest.raises(PretrainedError, match=r"has no tokenizer\.json: give ids"):
         loaded.generate("text", max_new_tokens=1)
     with pytest.raises(ValueError, match="outside the vocabulary of 96"):

@@ -195,6 +195,18 @@ def test_experts_stored_as_one_tensor(folders, tmp_path):
     same(load_pretrained(rewritten(source, tmp_path / "fused", fuse)).model, load_pretrained(source).model)
 
 
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((8, 24, 32), "gate_proj.weight is there twice"), ((2**40, 0, 32), "gate_up_proj is no part of the network")],
+)
+def test_experts_stored_as_one_tensor_beside_others(folders, tmp_path, shape, message):
+    def add(tensors):
+        tensors["model.layers.1.mlp.experts.gate_up_proj"] = np.zeros(shape, np.float32)
+
+    with pytest.raises(PretrainedError, match=message):
+        check(rewritten(folders("deepseek_v3"), tmp_path / "twice", add))
+
+
 def test_layers_of_multi_token_prediction_are_left_unread(folders, tmp_path):
     def extend(tensors):
         tensors |= {f"model.layers.2.{name}.weight": np.zeros((3, 3), np.float32) for name in ("eh_proj", "enorm")}

@@ -79,9 +79,9 @@ class Heads:
 def heads_of(arrays: Weights, options: Mapping[str, Any]) -> Heads:
     """Those of a layer with these arrays."""
     wide = {name: array.astype(np.float64) for name, array in arrays.items()}
-    parts = ("query", "key", "value", "out")
-    biases = {part: wide[f"{part}.bias"] for part in parts if f"{part}.bias" in wide}
-    return Heads(options, *(wide[f"{part}.weight"] for part in parts), biases)
+    query, key, value, out = (wide[f"{part}.weight"] for part in ("query", "key", "value", "out"))
+    biases = {name.removesuffix(".bias"): array for name, array in wide.items() if name.endswith(".bias")}
+    return Heads(options, query, key, value, out, biases)
 
 
 def channels(

@@ -69,7 +69,7 @@ class Ranks:
         if q == 0 and not share:
             return 0, kv
         if q is None:
-            q = max(1, matching_rank(heads, options | {"kv_lora_rank": kv}) // self.divisor * self.divisor)
+            q = max(1, matching_rank(heads, {**options, "kv_lora_rank": kv}) // self.divisor * self.divisor)
         return self._rank("q_rank", q, share, heads.queries.values), kv
 
     def _rank(self, which: str, fixed: int, share: float, values: Float[np.ndarray, " R"]) -> int:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE.parent / "pretrained"))
 from weights import weight  # noqa: E402
 
 LENGTH = 64
-WIDTH, HEADS, KV_HEADS, MLP = 32, 4, 2, 48
+WIDTH, DEPTH, HEADS, KV_HEADS, MLP = 32, 1, 4, 2, 48
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 VARIANTS = ("plain", "bos")  # Whether the tokenizer puts its bos before a text, as Llama's does, or not, as GPT-2's.
 
@@ -24,16 +24,16 @@ CHOICES = (
     (_LONG, (" The end.", " It rains on the hills, and all of it runs down again.")),
     ("", ("Without any context.", "the", " one")),
     ("One request alone", (" stands here.",)),
-    ("x", ("wn", "wn the", "\x18")),  # What it says itself, with and without bos.
+    ("Question: why?\nAnswer:", ("h", "h!", "ho")),  # The first is what it says itself.
     ("a  \n ", ("b", "b", "c d e f g h i j k")),
 )
 TEXTS = ("Short.", _LONG, "Numbers: 1, 2, 3; words, words, words.", _LONG[:300])
 CONTINUED = (
     ("Once upon a time", {"until": ["\n\n"], "max_gen_toks": 20, "do_sample": False}),
-    ("Question: why?\nAnswer:", {"until": ["R", "q"], "max_gen_toks": 24}),
+    ("Question: why?\nAnswer:", {"until": ["-", "ivg"], "max_gen_toks": 24}),
     (_LONG, {"until": ["\n\n"], "max_gen_toks": 20, "do_sample": False}),
     ("x", {"until": [], "max_gen_toks": 40, "temperature": 0.0}),
-    ("def f(", {"until": ["runs", " to"], "max_gen_toks": 24}),
+    ("def f(", {"until": ["wn", "ords"], "max_gen_toks": 24}),
 )
 
 
@@ -81,7 +81,7 @@ def config(vocab_size: int) -> dict[str, Any]:
     """config.json."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size, "hidden_size": WIDTH,
-        "intermediate_size": MLP, "num_hidden_layers": 2, "num_attention_heads": HEADS,
+        "intermediate_size": MLP, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS, "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
         "torch_dtype": "float32",
@@ -92,7 +92,7 @@ def tensors(vocab_size: int) -> dict[str, np.ndarray]:
     """Weights by name; the head is large, so that the model has opinions."""
     head = WIDTH // HEADS
     shapes = {"model.embed_tokens.weight": (vocab_size, WIDTH), "model.norm.weight": (WIDTH,)}
-    for layer in range(2):
+    for layer in range(DEPTH):
         inside = {
             "input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,),
             "self_attn.q_proj": (HEADS * head, WIDTH), "self_attn.k_proj": (KV_HEADS * head, WIDTH),

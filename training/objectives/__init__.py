@@ -1,9 +1,9 @@
 """What a step minimises, by the name in `config.objective.name`: one file here per objective.
 
 A file's `build(config.objective, layout)` gives `loss(model, batch, rng) -> (scalar, metrics)`. The scalar is a mean
-over the tokens that `batch["weight"]` weighs, so that micro-batches can be put together; metrics are scalars of the
-same kind. An objective with arrays of its own, which are not trained, has them in its attribute `frozen` and is called
-`loss(model, batch, rng, frozen)`.
+over the tokens, or pairs, that `batch["weight"]` weighs, so that micro-batches can be put together; metrics are scalars
+of the same kind. An objective with arrays of its own, which are not trained, has them in its attribute `frozen` and is
+called `loss(model, batch, rng, frozen)`.
 """
 
 import importlib

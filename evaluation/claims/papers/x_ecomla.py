@@ -66,6 +66,7 @@ def _stage(context: ClaimContext, stage: str) -> ml_collections.ConfigDict:
     with config.unlocked():
         config.train.steps, config.data.max_files = context.params[steps], context.params["files"]
         config.optimizer.warmup_steps = max(1, config.train.steps // 20)
+        config.data.batch_size = context.params["batch"]
         config.checkpoint.every, config.eval.tasks, config.eval.sample_prompts = 0, (), ()
         config.log.tensorboard, config.log.every = False, 1
         config.train.compilation_cache = str(HOME / "compiled")  # Most of the runs are the same programs.
@@ -178,8 +179,8 @@ CLAIM = Claim(
     ),
     run=run,
     defaults={
-        "seeds": (0, 1, 2), "base_steps": 500, "steps": 300, "dpo_steps": 100, "ranks": (64, 32, 16), "rows": 128,
-        "pairs": 2000, "files": 0,
+        "seeds": (0, 1, 2), "base_steps": 400, "steps": 200, "dpo_steps": 100, "ranks": (64, 32, 16), "batch": 8,
+        "rows": 128, "pairs": 2000, "files": 0,
     },
     smoke={"seeds": (0, 1), "base_steps": 3, "steps": 3, "dpo_steps": 3, "rows": 8, "pairs": 60, "files": 60},
     checks=(

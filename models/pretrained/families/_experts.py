@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from models.pretrained.errors import PretrainedError
 from models.pretrained.mapping import Mapped, matrix
 from models.pretrained.reader import Entry, Source
 from models.pretrained.settings import Settings
@@ -34,7 +35,8 @@ class Unfused:
     """A `Source` in which the experts of a layer, where they are stored as one tensor, are stored one by one.
 
     transformers keeps them so in memory, and in files if asked for its own format: `<block>.experts.gate_up_proj`
-    [E, 2 I, D] (gate before up) and `<block>.experts.down_proj` [E, D, I].
+    [E, 2 I, D] (gate before up) and `<block>.experts.down_proj` [E, D, I]. Raises PretrainedError for an expert that is
+    there in both forms.
     """
 
     def __init__(self, source: Source, names: Sequence[str]) -> None:
@@ -44,15 +46,17 @@ class Unfused:
         gate, up, down = names
         for name, entry in source.entries.items():
             found = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
-            if found is None or len(entry.shape) != 3 or (found[2] == "gate_up_proj" and entry.shape[1] % 2):
-                self.entries[name] = entry
+            experts, rows, _ = entry.shape if len(entry.shape) == 3 else (0, 0, 0)
+            if found is None or not 0 < experts <= _MOST or (found[2] == "gate_up_proj" and rows % 2):
+                self.entries[name] = entry  # Either no such tensor, or one that the network will have no place for.
                 continue
-            experts, rows, _ = entry.shape
             half = rows // 2
             cuts = {gate: slice(half), up: slice(half, rows)} if found[2] == "gate_up_proj" else {down: slice(rows)}
             for expert in range(experts):
                 for part, cut in cuts.items():
                     single = f"{found[1]}.{expert}.{part}.weight"
+                    if single in source.entries:
+                        raise PretrainedError(f"{entry.file}: tensor {single} is there twice, once inside {name}")
                     self.entries[single] = entry._replace(shape=(cut.stop - (cut.start or 0), entry.shape[2]))
                     self._places[single] = name, expert, cut
 
