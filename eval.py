@@ -78,7 +78,9 @@ def parser() -> Parser:
         metavar="TASK.K=V,...",
         help="a task's own parameters, such as mqar.steps=400",
     )
-    add("--num_fewshot", "-f", type=int, default=None, help="worked examples before each question (the harness's tasks)")
+    add(
+        "--num_fewshot", "-f", type=int, default=None, help="worked examples before each question, where tasks have any"
+    )
     add("--batch_size", "-b", default="16", help="rows, or auto")
     add("--limit", "-L", type=float, default=0.0, help="documents per task; below 1 a share of them; 0 is all")
     add("--samples", "-E", default="", metavar="JSON", help="""only these documents: '{"heldout": [0, 5]}'""")
@@ -341,7 +343,7 @@ def _one(
     with _progress() as progress:
         results = evaluation.evaluate(
             model, tokenizer, pipeline, config=config, name=name, layout=layout, step=step, progress=progress,
-            fingerprint=True, cache=options.use_cache, template_folder=f"{folder}/tokenizer" if folder else "", **settings,
+            fingerprint=True, cache=options.use_cache, template_folder=f"{folder}/tokenizer", **settings,
         )  # fmt: skip
     if folder:
         _check_corpus(pathlib.Path(folder), results)
@@ -413,7 +415,7 @@ def _harness(options: argparse.Namespace, settings: dict[str, Any], names: Seque
             raise ConfigError(f"--{flag}: {why} any of these tasks; leave the flag out")
     if not names:
         return None
-    from evaluation.harness import program
+    from evaluation.harness import chat, program
     from evaluation.harness import tasks as foreign
 
     if not foreign.installed():
@@ -421,6 +423,9 @@ def _harness(options: argparse.Namespace, settings: dict[str, Any], names: Seque
             tasks.match(names)
         except EvaluationError as error:
             raise EvaluationError(f"{error} (for tasks of lm-evaluation-harness: {foreign.INSTALL})") from error
+    for folder in options.run or [""] if options.apply_chat_template else ():
+        if not folder or chat.text(f"{folder}/tokenizer") is None:
+            raise ConfigError(f"--apply_chat_template: {folder or 'this tokenizer'} has no chat template; leave it out")
     given = settings["params"].pop("harness", {})
     add_bos = given.pop("add_bos", "")
     if given or add_bos not in ("", "true", "false"):
@@ -428,7 +433,8 @@ def _harness(options: argparse.Namespace, settings: dict[str, Any], names: Seque
     picked = {name: rows for name, rows in settings["picked"].items() if not tasks.known(name)}
     settings["picked"] = {name: rows for name, rows in settings["picked"].items() if name not in picked}
     return program.prepare(
-        names, include=include, ours=[*tasks.names(), *tasks.groups()], data_root=options.data_root, num_fewshot=options.num_fewshot, picked=picked,
+        names, include=include, ours=[*tasks.names(), *tasks.groups()], data_root=options.data_root,
+        num_fewshot=options.num_fewshot, picked=picked,
         batch_size=options.batch_size if options.batch_size == "auto" else settings["batch_size"],
         max_length=options.length, add_bos=json.loads(add_bos) if add_bos else None,
         chat_template=options.apply_chat_template, seeds=_seeds(options.seed),

@@ -144,7 +144,14 @@ def evaluate(
     name = name or (config.name if config is not None else type(model).__name__)
     date = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
     return Results(
-        name, {task.name: task for task in chosen}, found, settings, described, time.perf_counter() - began, date, theirs
+        name,
+        {task.name: task for task in chosen},
+        found,
+        settings,
+        described,
+        time.perf_counter() - began,
+        date,
+        theirs,
     )
 
 

@@ -118,10 +118,10 @@ class Results:
         for kind, style in (("results", "{}"), ("groups", "[bold]{}[/bold]")):
             for name, entry in self.harness.get(kind, {}).items():
                 version = str(self.harness["versions"].get(name) or "")
-                head = (style.format(name), version, self.harness["n-shot"].get(name, ""))
+                named, shots = style.format(name), str(self.harness["n-shot"].get(name, ""))
                 for filtering, key, metric in _measured(entry, self.harness["higher_is_better"].get(name, {})):
-                    table.add_row(*map(str, head[:2]), filtering, str(head[2]), key, *_cells(metric))
-                    head = ("", "", "")
+                    table.add_row(named, version, filtering, shots, key, *_cells(metric))
+                    named = version = shots = ""
         return table
 
     def write(self, folder: str | os.PathLike, *, log_samples: bool = True) -> pathlib.Path:

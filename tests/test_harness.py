@@ -65,7 +65,9 @@ def ask(lm, kind, *arguments):
 
 def test_log_likelihoods_are_those_of_the_peer(pair):
     lm, golden = pair
+    lm.compiled.programs.clear()
     found = ask(lm, "loglikelihood", *peer.pairs())
+    assert len(lm.compiled.programs) <= 3  # For 22 requests of many lengths.
     values, greedy = zip(*golden["loglikelihood"], strict=True)
     np.testing.assert_allclose([value for value, _ in found], values, atol=1e-3)
     assert [said for _, said in found] == list(greedy) and any(greedy)
@@ -113,18 +115,12 @@ def test_many_lengths_make_few_shapes_and_every_member_fits(monkeypatch):
     assert len({batch.shape for batch in found}) <= plan.MOST
     assert len({(batch.shape, batch.rows) for batch in found}) <= plan.MOST
     assert sorted(index for batch in found for index in batch.members) == list(range(500))
-    assert all(shapes[index][axis] <= batch.shape[axis] for batch in found for index in batch.members for axis in (0, 1))
+    fits = [np.less_equal(shapes[index], batch.shape).all() for batch in found for index in batch.members]
+    assert all(fits)
     assert all(batch.rows == 8 and len(batch.members) <= 8 for batch in found)
     auto = plan.batches(shapes, (1, 4), batch_size=0, copies=4)
     assert all(batch.rows == 1 or 4 * sum(batch.shape) * batch.rows <= plan.TOKENS for batch in auto)
     assert [plan.ladder(n, 100) for n in (1, 16, 17, 25, 33, 49, 97)] == [16, 16, 24, 32, 48, 64, 100]
-
-
-def test_few_programs_are_compiled_however_many_lengths_there_are(one):
-    lm, _ = one
-    lm.compiled.programs.clear()
-    ask(lm, "loglikelihood", *(("w" * n, " x" * m) for n in range(1, 40, 3) for m in range(1, 9, 3)))
-    assert len(lm.compiled.programs) <= 3
 
 
 @pytest.mark.parametrize(
@@ -148,15 +144,14 @@ def test_sharing_a_context_changes_no_score(one, monkeypatch):
     np.testing.assert_allclose([v for v, _ in found], [v for v, _ in golden["loglikelihood"]], atol=1e-3)
 
 
-def test_draws_are_those_of_the_generator_whatever_is_beside_them(one):
+def test_draws_are_those_of_the_generator(one):
     lm, _ = one
     options = {"until": [], "max_gen_toks": 9, "do_sample": True, "temperature": 1.3}
-    greedy = ("a greedy one", {"until": [], "max_gen_toks": 9})
-    found = ask(lm, "generate_until", greedy, ("Once", options), ("upon", options))
+    found = ask(lm, "generate_until", ("Once", options), ("upon", options))
     model = nnx.merge(lm.compiled.graph, lm.compiled.state)
     prompts = [lm.tok_encode("Once"), lm.tok_encode("upon")]
     ids = models.generate(model, prompts, max_new_tokens=9, temperature=1.3, stop_ids=(lm.eot_token_id,))
-    assert found[1:] == [lm.tok_decode(row) for row in ids] and found[1] != found[2]
+    assert found == [lm.tok_decode(row) for row in ids] and found[0] != found[1]
 
 
 @pytest.mark.parametrize(
@@ -222,8 +217,8 @@ def test_a_mesh_gives_the_peer_s_answers(tmp_path):
     loaded = models.load_pretrained(folder, mesh=layout)
     lm = JaxLM(loaded.model, data.load_tokenizer(folder), layout=layout, batch_size=3)
     golden = json.loads((HERE / "golden.json").read_text())["bos"]
-    found = ask(lm, "loglikelihood", *peer.pairs()[:11])
-    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in golden["loglikelihood"][:11]], atol=1e-3)
+    found = ask(lm, "loglikelihood", *peer.pairs()[:4])
+    np.testing.assert_allclose([v for v, _ in found], [v for v, _ in golden["loglikelihood"][:4]], atol=1e-3)
     assert ask(lm, "generate_until", *peer.CONTINUED) == golden["generate_until"]
 
 

@@ -70,8 +70,8 @@ def log_probability(llama):
 
 @pytest.fixture(scope="module")
 def tiny(llama):
-    """What the harness finds on the local folder: its group, and the rolling task."""
-    return prepare(["tiny", "tiny_pages"], include=TASKS, batch_size=4).run(llama)
+    """What the harness finds on the local folder."""
+    return prepare(["tiny_quiz", "tiny_pages"], include=TASKS, batch_size=4).run(llama)
 
 
 def rows(name):
@@ -107,8 +107,6 @@ def test_multiple_choice_is_scored_as_worked_out_by_hand(tiny, log_probability):
     assert first["arguments"]["gen_args_1"] == {"arg_0": "The sky is", "arg_1": " a loaf of bread"}
     assert first["resps"][1][0][0] == pytest.approx(log_probability("The sky is", " a loaf of bread"), abs=1e-4)
     assert tiny["units"]["tiny_quiz"]["numerator"] == list(map(float, right))
-    assert tiny["groups"]["tiny"]["acc,none"] == np.mean(right)
-    assert tiny["group_subtasks"]["tiny"] == ["tiny_quiz", "tiny_answer"]
 
 
 def test_rolling_perplexities_are_those_worked_out_by_hand(tiny, log_probability):
@@ -125,12 +123,12 @@ def test_rolling_perplexities_are_those_worked_out_by_hand(tiny, log_probability
 
 def test_a_model_that_knows_nothing_is_at_chance(llama, tmp_path):
     generator = np.random.default_rng(0)
-    words = ["".join(generator.choice(list("abcdefgh"), 5)) for _ in range(1600)]
-    quiz = [{"question": "Which?", "options": words[4 * i : 4 * i + 4], "answer": i % 4} for i in range(400)]
+    words = ["".join(generator.choice(list("abcdefgh"), 5)) for _ in range(800)]
+    quiz = [{"question": "Which?", "options": words[4 * i : 4 * i + 4], "answer": i % 4} for i in range(200)]
     (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in quiz))
     shutil.copy(HERE / "tasks" / "tiny_quiz.yaml", tmp_path)
     entry = prepare(["tiny_quiz"], include=str(tmp_path), batch_size=64).run(llama)["results"]["tiny_quiz"]
-    assert abs(entry["acc,none"] - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 400)
+    assert abs(entry["acc,none"] - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 200)
 
 
 # The harness's own tasks on local files
@@ -145,8 +143,8 @@ def test_a_model_that_knows_nothing_is_at_chance(llama, tmp_path):
          [" pours it in a cup.", " eats the cup.", " flies away.", " sleeps well."]),
         ("piqa", "Question: Dry a wet cup\nAnswer:", [" use a towel", " use more water"]),
         ("openbookqa", "The sun gives", [" light", " soup", " books", " shoes"]),
-        ("mmlu_anatomy", "The following are multiple choice questions (with answers) about anatomy.\n\nWhich organ pumps "
-         "blood?\nA. heart\nB. sun\nC. stone\nD. leg\nAnswer:", [" A", " B", " C", " D"]),
+        ("mmlu_anatomy", "The following are multiple choice questions (with answers) about anatomy.\n\nWhich organ "
+         "pumps blood?\nA. heart\nB. sun\nC. stone\nD. leg\nAnswer:", [" A", " B", " C", " D"]),
     ],
 )  # fmt: skip
 def test_prompts_of_the_harness_s_tasks_come_from_local_files(name, context, continuations):
@@ -196,6 +194,7 @@ def yaml(folder, text, **rows_):
 
 
 MINE = (HERE / "tasks" / "tiny_quiz.yaml").read_text().replace("tiny_quiz", "mine")
+CODE = MINE.replace("json", "owner/set").replace("dataset_kwargs:", "dataset_kwargs:\n  trust_remote_code: true")
 ROW = '{"question": "a", "options": ["b", "c"], "answer": 0}\n'
 
 
@@ -209,8 +208,7 @@ ROW = '{"question": "a", "options": ["b", "c"], "answer": 0}\n'
         (MINE.replace("{{question}}", "{{question"), ROW, "cannot be made"),
         (MINE.replace("doc_to_text", "doc_to_txt"), ROW, "doc_to_txt"),
         (MINE + "  - [", ROW, "mine.yaml cannot be read as a task"),
-        (MINE.replace("json", "owner/set").replace("dataset_kwargs:", "dataset_kwargs:\n  trust_remote_code: true"), ROW,
-         "trust_remote_code"),
+        (CODE, ROW, "trust_remote_code"),
         (MINE.replace("json", "owner/set", 1), ROW, "'owner/set' cannot be had"),
         (MINE + "unsafe_code: true\n", ROW, "runs code that models write"),
     ],
@@ -255,7 +253,7 @@ def test_without_the_harness_it_is_named(monkeypatch):
         (["--tasks=heldout", f"--data_root={DATA}"], "--data_root"),
         (["--tasks=piqa", f"--data_root={DATA}", "--seed=1,x"], "--seed must be one to four"),
         (["--tasks=piqa", f"--data_root={DATA}", "--params=harness.bos=true"], "harness.add_bos"),
-        (["--tasks=tiny", f"--include_path={TASKS}", "--apply_chat_template", f"--model_args={SMALL}"], "no chat template"),
+        (["--tasks=tiny", f"--include_path={TASKS}", "--apply_chat_template"], "no chat template"),
     ],
 )  # fmt: skip
 def test_mistakes_on_the_command_line(argv, message):
@@ -268,7 +266,7 @@ def test_mistakes_on_the_command_line(argv, message):
 
 def test_one_command_runs_tasks_of_both_kinds(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    argv = ["--model=gqa", f"--model_args={SMALL}", "--tasks=perplexity,tiny,tiny_pages", f"--include_path={TASKS}"]
+    argv = ["--model=gqa", f"--model_args={SMALL}", "--tasks=perplexity,tiny", f"--include_path={TASKS}"]
     argv += [f"--params=perplexity.files={HERE}/tasks/quiz.jsonl,{HERE}/peer.py,perplexity.text_field=question"]
     argv += ["--limit=2", f"-o={tmp_path}", "-s", "--bootstrap_iters=20", "-b=4", "--gen_kwargs=max_gen_toks=5"]
     argv += [f"-c={tmp_path}/cache"]
@@ -277,11 +275,11 @@ def test_one_command_runs_tasks_of_both_kinds(tmp_path, capsys, monkeypatch):
     assert "tiny_quiz" in said.out and "perplexity" in said.out and not said.err
     (file,) = tmp_path.rglob("results_*.json")
     found = json.loads(file.read_text())
-    assert list(found["results"]) == ["perplexity", "tiny_quiz", "tiny_answer", "tiny_pages"]
+    assert list(found["results"]) == ["perplexity", "tiny_quiz", "tiny_answer"]
     assert found["n-samples"]["tiny_quiz"] == {"original": 3, "effective": 2}
     assert found["n-samples"]["perplexity"] == {"original": 4, "effective": 2}
     assert found["group_subtasks"] == {"tiny": ["tiny_quiz", "tiny_answer"]} and "acc,none" in found["groups"]["tiny"]
-    assert found["higher_is_better"]["tiny_pages"]["bits_per_byte"] is False
+    assert found["higher_is_better"]["tiny_quiz"] == {"acc": True, "acc_norm": True}
     assert found["config"]["harness"]["lm_eval"] and found["run"]["attention"] == "mha"
     assert found["versions"]["tiny_quiz"] == 1.0 and found["n-shot"]["tiny_quiz"] == 0
     assert found["configs"]["tiny_answer"]["generation_kwargs"]["max_gen_toks"] == 5

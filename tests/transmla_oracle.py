@@ -40,8 +40,8 @@ class Latent:
     """MLA: q_down [rq, D], q_up [h, d + r, rq], rope_key [r, D], down [c, D], key_up [h, d, c], value_up [h, dv, c]."""
 
     q_down: np.ndarray
-    q_down_b: np.ndarray
     q_up: np.ndarray
+    qb: np.ndarray
     rope_key: np.ndarray
     rope_key_b: np.ndarray
     down: np.ndarray
@@ -101,13 +101,13 @@ def size(c):
 
 def mla(layer, latent, x, scale):
     """The converted layer's output [T, D]; `scale` is MLA's."""
-    c, low = x @ latent.down.T + latent.down_b, x @ latent.q_down.T + latent.q_down_b
+    c, low = x @ latent.down.T + latent.down_b, x @ latent.q_down.T
     c = c / size(c) * latent.gain if latent.gain else c
     low = low / size(low) * latent.q_gain if latent.q_gain else low
     kr = turn_pairs(x @ latent.rope_key.T + latent.rope_key_b, latent.frequencies)
     outs = []
     for i in range(layer.h):
-        q = low @ latent.q_up[i].T
+        q = low @ latent.q_up[i].T + latent.qb[i]
         nope, rope = q[:, : latent.key_up.shape[1]], turn_pairs(q[:, latent.key_up.shape[1] :], latent.frequencies)
         scores = (nope @ (c @ latent.key_up[i].T).T + rope @ kr.T) * scale
         outs.append(softmax_rows(layer, scores) @ (c @ latent.value_up[i].T))
@@ -176,15 +176,16 @@ def convert(layer, x, fold, collapse, rank, q_rank=0, norms=False, weights=False
         turn_c = principal(joint, fault)[:, :rank]
     rows = layer.q.T if weights else x @ layer.q.T + layer.qb
     some = principal(rows, fault)[:, :q_rank] if q_rank else np.eye(len(layer.q))
-    q_down, q_down_b = some.T @ layer.q, some.T @ layer.qb
+    q_down, qb = some.T @ layer.q, layer.qb.reshape(layer.h, d)
     factor = 1.0 if fault == "no factor on queries" else layer.scale * (d + r) ** 0.5
     heads = some.reshape(layer.h, d, -1)
     q_up = factor * np.stack([np.concatenate([heads[i], k_up[i][:, :r].T @ heads[i]]) for i in range(layer.h)])
+    qb = factor * np.stack([np.concatenate([qb[i], k_up[i][:, :r].T @ qb[i]]) for i in range(layer.h)])
     down, down_b = turn_c.T @ down, turn_c.T @ down_b
-    sizes = [size(x @ a.T + b) for a, b in ((down, down_b), (q_down, q_down_b))]
+    sizes = [size(x @ down.T + down_b), size(x @ q_down.T)]
     gains = [np.mean(1 / each) if fault == "inverted gain" else np.mean(each) for each in sizes]
     frequencies = layer.frequencies[: r // 2] if fault == "every frequency" else layer.frequencies[::collapse]
     return Latent(
-        q_down, q_down_b, q_up, k[:r], kb[:r], down, down_b, key_up @ turn_c, value_up @ turn_c, frequencies,
+        q_down, q_up, qb, k[:r], kb[:r], down, down_b, key_up @ turn_c, value_up @ turn_c, frequencies,
         gains[0] if norms else 0.0, gains[1] if norms and q_rank else 0.0,
     )  # fmt: skip

@@ -50,27 +50,32 @@ class ChatTemplate:
         return text[: place + len(last)]
 
 
-def find(folder: str | pathlib.Path, tokenizer: Any, name: str = "default") -> ChatTemplate | None:
+def text(folder: str | pathlib.Path, name: str = "default") -> str | None:
     """The template of a tokenizer folder: chat_template.jinja, else the one called `name` in tokenizer_config.json.
 
     None where there is none. Raises EvaluationError for a damaged file and for an unknown name.
     """
     folder = pathlib.Path(folder)
-    settings = _settings(folder / "tokenizer_config.json")
-    text = settings.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
-        text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if isinstance(text, list):
-        named = {entry.get("name"): entry.get("template") for entry in text if isinstance(entry, dict)}
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found = _settings(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         if name not in named:
             raise EvaluationError(f"{folder} has no chat template {name!r}: it has {', '.join(map(str, named))}")
-        text = named[name]
-    if text is None:
-        return None
-    if not isinstance(text, str):
+        found = named[name]
+    if found is not None and not isinstance(found, str):
         raise EvaluationError(f"{folder / 'tokenizer_config.json'}: chat_template is not text")
+    return found
+
+
+def find(folder: str | pathlib.Path, tokenizer: Any) -> ChatTemplate | None:
+    """The template of a tokenizer folder, with the specials of its tokenizer; None where there is none."""
+    found = text(folder)
+    if found is None:
+        return None
     specials = {"bos_token": tokenizer.token(tokenizer.bos_id), "eos_token": tokenizer.token(tokenizer.eos_id)}
-    return ChatTemplate(text, specials)
+    return ChatTemplate(found, specials)
 
 
 def _settings(file: pathlib.Path) -> dict[str, Any]:

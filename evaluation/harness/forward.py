@@ -170,9 +170,9 @@ def _rows(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _branches(
-    graph: nnx.GraphDef, mesh: Any, chunk: int, state: nnx.State, context: Int[Array, "G T"], lengths: Int[Array, "G"],
+    graph: nnx.GraphDef, mesh: Any, chunk: int, state: nnx.State, context: Int[Array, "G T"], lengths: Int[Array, " G"],
     first: Int[Array, "G K"], inputs: Int[Array, "G K S"], targets: Int[Array, "G K S"], counts: Int[Array, "G K"],
-) -> tuple[Float[Array, "G K"], Int[Array, "G"], Float[Array, "G K S"], Int[Array, "G K S"]]:  # fmt: skip
+) -> tuple[Float[Array, "G K"], Int[Array, " G"], Float[Array, "G K S"], Int[Array, "G K S"]]:  # fmt: skip
     """log p of K first tokens after each context, of the tokens after them, and the likeliest ids at both."""
     model = nnx.merge(graph, state)
     many, after = inputs.shape[1:]
@@ -191,9 +191,7 @@ def _branches(
     told = Tokens(index=caches.length[:, None] + step, valid=step < counts.reshape(-1, 1))
     hidden, _, _ = model.backbone(model.embedding(inputs.reshape(-1, after)), told, caches)
     values, best = _log_probs(model, hidden, targets.reshape(-1, after, 1), chunk)
-    return whole(
-        mesh, (found[:, 0], likeliest[:, 0], values[..., 0].reshape(inputs.shape), best.reshape(inputs.shape))
-    )
+    return whole(mesh, (found[:, 0], likeliest[:, 0], values[..., 0].reshape(inputs.shape), best.reshape(inputs.shape)))
 
 
 def _log_probs(

@@ -58,19 +58,19 @@ class TextGenerator:
             lengths = np.array([len(prompts[index]) for index in rows], np.int32)
             logits, caches = self.device.run(_start, (batch.shape[1],), ids, lengths)
             texts = [_Text(self.tokenizer, limits[index], until[index]) for index in rows]
-            for row in texts[len(batch.members) :]:
-                row.ended = True
+            for text in texts[len(batch.members) :]:
+                text.ended = True
             own = np.array([numbers[index] for index in rows], np.int32)
             step = 0
-            while not all(row.ended for row in texts):
-                count = min(STEPS, max(row.limit for row in texts if not row.ended) - step)
+            while not all(text.ended for text in texts):
+                count = min(STEPS, max(text.limit for text in texts if not text.ended) - step)
                 told = tuple(map(np.int32, (seed, step, count, self.tokenizer.eos_id)))
-                ended = np.array([row.ended for row in texts])
+                ended = np.array([text.ended for text in texts])
                 new, logits, caches = self.device.run(_advance, (sampling,), caches, logits, ended, own, *told)
                 step += count
-                for row, tokens in zip(texts, np.asarray(new)[:, :count].tolist(), strict=True):
-                    row.add(tokens)
-            yield from ((index, row.text) for index, row in zip(batch.members, texts, strict=False))
+                for text, tokens in zip(texts, np.asarray(new)[:, :count].tolist(), strict=True):
+                    text.add(tokens)
+            yield from ((index, text.text) for index, text in zip(batch.members, texts, strict=False))
 
 
 class _Text:
@@ -82,6 +82,7 @@ class _Text:
         self.text, self.ended = "", False
 
     def add(self, tokens: list[int]) -> None:
+        """Goes on with the next tokens, as far as they count."""
         if self.ended:
             return
         tokens = tokens[: self.limit - len(self.ids)]

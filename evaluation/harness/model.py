@@ -202,7 +202,7 @@ class JaxLM(TemplateLM):
                 windows.append((window.inputs[:begin], window.targets[len(window.targets) - window.scored :]))
                 owner.append(number)
         totals, left = [0.0] * len(requests), np.bincount(owner, minlength=len(requests))
-        for number in np.flatnonzero(left == 0):
+        for number in np.flatnonzero(left == 0).tolist():
             self._keep("loglikelihood_rolling", requests[number].args, 0.0)
         groups, done = plan.groups(windows, self.max_length), 0
         for index, scores in self._scorer(groups):
@@ -250,7 +250,9 @@ class JaxLM(TemplateLM):
         drawn = {name: options.pop(name) for name in DRAWN if options.get(name) is not None}
         for name, value in options.items():
             if value is not None and (name not in NEUTRAL or value != NEUTRAL[name]):
-                raise EvaluationError(unknown("generation option", name, ("until", "max_gen_toks", "do_sample", *DRAWN)))
+                raise EvaluationError(
+                    unknown("generation option", name, ("until", "max_gen_toks", "do_sample", *DRAWN))
+                )
         if not 0 < new < self.max_length:
             raise EvaluationError(
                 f"{new} new tokens leave no room for a context in a model of {self.max_length}: give fewer, "

@@ -4,6 +4,8 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from evaluation.contract import EvaluationError
 
 SHORTEST = 16  # Smallest padded length.
@@ -109,19 +111,18 @@ def batches(
     def tokens(shape: Shape) -> int:
         return sum(size * cost for size, cost in zip(shape, costs, strict=True))
 
-    def padding(a: Shape, b: Shape) -> int:
-        joined = tokens(_maximum(a, b))
-        return sum((joined - tokens(shape)) * len(members[shape]) for shape in (a, b))
-
     while len(members) > 1:
         known = list(members)
-        pairs = [(padding(a, b), a, b) for i, a in enumerate(known) for b in known[i + 1 :]]
-        added, a, b = min(pairs)
-        if added > COMPILING and len(members) <= MOST:
+        sizes, counts = np.array(known), np.array([len(members[shape]) for shape in known])
+        joined = np.maximum(sizes[:, None], sizes) @ np.array(costs)
+        added = (joined - (sizes @ np.array(costs))[:, None]) * counts[:, None]
+        added = added + added.T + np.diag([np.iinfo(np.int64).max // 4] * len(known))
+        a, b = np.unravel_index(np.argmin(added), added.shape)
+        if added[a, b] > COMPILING and len(members) <= MOST:
             break
-        joined = sorted(members.pop(a) + members.pop(b))
-        shape = _maximum(a, b)
-        members[shape] = sorted(members.get(shape, []) + joined)
+        shape = tuple(map(max, known[a], known[b]))
+        both = members.pop(known[a]) + members.pop(known[b])
+        members[shape] = sorted(members.get(shape, []) + both)
     made = []
     for shape in sorted(members, key=tokens, reverse=True):
         rows = min(batch_size or max(1, TOKENS // (copies * sum(shape))), len(members[shape]))
@@ -129,7 +130,3 @@ def batches(
         for start in range(0, len(members[shape]), rows):
             made.append(Batch(shape, rows, tuple(members[shape][start : start + rows])))
     return made
-
-
-def _maximum(a: Shape, b: Shape) -> Shape:
-    return tuple(map(max, a, b))

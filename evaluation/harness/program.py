@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from evaluation.contract import EvalContext, EvaluationError, Units
 from evaluation.harness import chat, tasks
 from evaluation.harness.answers import Answers
+from models.decoder import DecoderLM
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 KEPT = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
@@ -46,14 +47,12 @@ class Harness:
         if context.limit and self.picked:
             raise EvaluationError("--limit and --samples exclude each other for tasks of lm-evaluation-harness")
         if answers and jax.process_count() > 1:
-            raise EvaluationError("--use_cache keeps answers to lm-evaluation-harness of one process only: leave it out")
-        template = None
-        if self.chat_template:
-            template = chat.find(template_folder, context.tokenizer) if template_folder else None
-            if template is None:
-                raise EvaluationError("--apply_chat_template: this tokenizer has no chat template; leave the flag out")
+            raise EvaluationError("--use_cache keeps the answers of one process, and there are several: leave it out")
+        template = chat.find(template_folder, context.tokenizer) if self.chat_template else None
+        if self.chat_template and template is None:
+            raise EvaluationError(f"there is no chat template in {template_folder or 'this tokenizer'}")
         lm = JaxLM(
-            context.model,
+            cast(DecoderLM, context.model),
             context.tokenizer,
             layout=context.layout,
             batch_size=self.batch_size,
@@ -106,7 +105,8 @@ def prepare(
     """The tasks called `names` (wildcards too) with their data, before any model is loaded.
 
     `include` is a folder of YAML tasks (functions they name are code of the user's, and run), `data_root` the folder
-    all data comes from; `ours` are further names that a mistyped one may mean; `settings` are fields of `Harness`. Raises EvaluationError.
+    all data comes from; `ours` are further names that a mistyped one may mean; `settings` are fields of `Harness`.
+    Raises EvaluationError.
     """
     catalogue = tasks.Catalogue(include)
     made, manager = tasks.load(catalogue.expand(names, ours), catalogue, data_root=data_root, num_fewshot=num_fewshot)
@@ -125,9 +125,7 @@ def prepare(
         size = len(leaves[name].eval_docs)
         missing = [row for row in rows if not 0 <= row < size]
         if missing:
-            raise EvaluationError(
-                f"document {missing[0]} of task {name} was asked for, it has {size}: 0 to {size - 1}"
-            )
+            raise EvaluationError(f"document {missing[0]} of task {name} was asked for, it has {size}: 0 to {size - 1}")
     return Harness(made, manager, num_fewshot, picked=dict(picked or {}), **settings)
 
 
@@ -147,16 +145,15 @@ def _ours(found: Mapping[str, Any], predict_only: bool) -> dict[str, Any]:
 
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     """A sample with its requests by name, as the harness writes it."""
-    arguments = {
-        f"gen_args_{i}": {f"arg_{j}": part for j, part in enumerate(request)} for i, request in enumerate(row["arguments"])
-    }
-    return {**row, "arguments": arguments}
+    named = [{f"arg_{place}": part for place, part in enumerate(request)} for request in row["arguments"]]
+    return {**row, "arguments": {f"gen_args_{place}": request for place, request in enumerate(named)}}
 
 
 def _units(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Units | None:
     """The numbers of each document behind the first metric that is a mean over documents or a ratio of sums."""
     rows = [row for row in rows if row["filter"] == rows[0]["filter"]]
-    for metric in [entry["metric"] for entry in config.get("metric_list", ())] + list(rows[0]["metrics"] if rows else ()):
+    listed = [entry["metric"] for entry in config.get("metric_list", ())]
+    for metric in [*listed, *(rows[0]["metrics"] if rows else ())]:
         values = [row.get(metric) for row in rows]
         ids = [row["doc_hash"] for row in rows]
         if all(isinstance(value, int | float | np.number) for value in values) and metric != "bypass":

@@ -70,7 +70,7 @@ class Catalogue:
             if not hits:
                 ours = list(ours)
                 near = difflib.get_close_matches(name, ours, cutoff=0.8) or nearest(name, [*ours, *known])
-                hint = f"did you mean {' or '.join(near)}?" if near else "`eval.py ls tasks`, `lm-eval ls tasks` list them"
+                hint = f"did you mean {' or '.join(near)}?" if near else "see `eval.py ls tasks` and `lm-eval ls tasks`"
                 raise EvaluationError(f"unknown task {name!r}: {hint}")
             found += hits
         return list(dict.fromkeys(found))
@@ -253,7 +253,9 @@ def _under(root: pathlib.Path, config: Any, num_fewshot: int | None) -> dict[str
     shots = config.num_fewshot if num_fewshot is None or config.num_fewshot == 0 else num_fewshot
     fewshot = config.fewshot_config
     source = fewshot.split or config.training_split or config.validation_split or config.test_split
-    needed = {_evaluated(config): "", **({source: f" ({shots} worked examples)"} if shots and not fewshot.samples else {})}
+    needed = {_evaluated(config): ""}
+    if shots and not fewshot.samples:
+        needed.setdefault(source, f" ({shots} worked examples)")
     found = {}
     for split, why in needed.items():
         paths = files.find(places, split)

@@ -1,7 +1,7 @@
 """Perplexity of local files, by word, byte and token, in the three ways that are reported.
 
-Source: lm-evaluation-harness's wikitext task (rolling); evaluations of long contexts on PG-19 (the first c tokens of each
-book; a sliding window of c tokens).
+Source: lm-evaluation-harness's wikitext task (rolling); evaluations of long contexts on PG-19 (the first c tokens of
+each book; a sliding window of c tokens).
 """
 
 import hashlib

@@ -15,7 +15,7 @@ from layers import attention
 from layers.setting import Setting
 from models.decoder import DecoderLM
 
-_TOKENS_AT_ONCE = 2048
+_TOKENS_AT_ONCE = 512
 
 
 class Stream:

@@ -58,7 +58,7 @@ def convert_to_transmla(
        of stage 3.
     6. Queries: of each head the d channels it has and the r rotated ones, times sqrt((d + r) / d) (more generally what
        makes of MLA's softmax scale the one there was). `q_lora_rank` (0: none) makes them of as many principal channels
-       of all heads' queries, bias included.
+       of all heads' queries; their bias stays as it is.
     7. `norms`: latents get the norms of a DeepSeek model with the one gain that keeps their mean size, mean(rms). (The
        published code sets mean(1 / rms), which reads inverted: a norm divides by rms already.)
 
@@ -156,7 +156,7 @@ class Plan:
             heads=source["heads"], kv_lora_rank=kv_lora_rank, q_lora_rank=q_lora_rank,
             qk_nope_head_dim=source["head_dim"], qk_rope_head_dim=self.rotary,
             v_head_dim=source["value_dim"] or source["head_dim"], latent_norm="rms" if norms else "none",
-            query_bias=bias and not q_lora_rank, query_down_bias=bias and bool(q_lora_rank), latent_bias=bias,
+            query_bias=bias, latent_bias=bias,
             rope=_narrow(source["rope"], source["head_dim"]),
             **{name: source[name] for name in ("window", "soft_cap", "out_bias")},
         )  # fmt: skip
@@ -290,10 +290,8 @@ class Work:
         plan, query = self.plans[layer], affine("query", self.arrays(layer))
         moment = _moment(query, self.inputs(stream, len(query) - 1))
         directions = np.linalg.eigh(moment)[1][:, ::-1][:, :rank]
-        down = query @ directions
         up = merged_query(directions.T, self.basis(layer), plan.source["heads"], plan.source["kv_heads"], plan.rotary)
-        bias = {"query_down.bias": down[-1]} if plan.source["qkv_bias"] else {}
-        return bias | {"query_down.weight": down[:-1], "query.weight": scale * up.reshape(rank, -1)}
+        return {"query_down.weight": query[:-1] @ directions, "query.weight": scale * up.reshape(rank, -1)}
 
     def stages(self, ids: Int[np.ndarray, "M T"], result: DecoderLM) -> list[report.Stage]:
         """Every stage measured, the networks between the first and the last run layer by layer."""

@@ -2,8 +2,9 @@
 
     python tests/harness/record.py
 
-Needs torch, transformers and lm-eval; writes golden.json, and tokenizer.json where there is none. With a tokenizer that puts
-bos before a text, HFLM rolls over two of them and scores the second, unless it is told not to, as here.
+Needs torch, transformers, accelerate and lm-eval; writes golden.json, and tokenizer.json where there is none. With a
+tokenizer that puts bos before a text, HFLM rolls over two of them and scores the second, unless it is told not to (as
+here).
 """
 
 import json
@@ -45,10 +46,9 @@ def record(variant: str) -> dict:
         folder = peer.write(pathlib.Path(scratch), variant)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=3, max_length=peer.LENGTH, device="cpu")
-        bare = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=peer.LENGTH, device="cpu", add_bos_token=False
-        )
+        given = {"tokenizer": tokenizer, "batch_size": 3, "max_length": peer.LENGTH, "device": "cpu"}
+        lm = HFLM(pretrained=model.eval(), **given)
+        bare = HFLM(pretrained=model, add_bos_token=False, **given)
         rolled = [(text,) for text in peer.TEXTS]
         scored = ask(lm, "loglikelihood", peer.pairs())
         found = {
