@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 
 OF_CLAIMS = ("claim", "smoke", "params", "output_path", "config")  # The flags that --claim may have beside it.
 
-OF_HARNESS = {  # Flags that only tasks of lm-evaluation-harness heed.
-    "num_fewshot": "there are no worked examples in",
-    "apply_chat_template": "no chat template is used by",
-    "data_root": "no data of the harness is read by",
-}
-
 
 class Parser(argparse.ArgumentParser):
     """Mistakes as one line that names the nearest flag."""
@@ -182,12 +176,13 @@ def evaluate(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from evaluation import tasks
+    from evaluation.harness import command
 
-    include = _include(options.include_path)
+    include = command.include(options.include_path)
     asked = [part for part in options.tasks.split(",") if part]
     theirs = [name for name in asked if not tasks.known(name)]
     settings = _settings(options)
-    settings["harness"] = _harness(options, settings, theirs, include)
+    settings["harness"] = command.prepare(options, settings, theirs, include)
     ours = asked if settings["harness"] is None else [name for name in asked if name not in theirs]
     chosen = tasks.match(ours) if ours or not asked else []
     settings["tasks"] = ours
@@ -200,7 +195,9 @@ def evaluate(options: argparse.Namespace) -> int:
             path = results.write(target, log_samples=options.log_samples or options.predict_only)
             console.print(f"results: {path}", soft_wrap=True)
     if len(documents) > 1:
-        console.print(_comparison(documents, list(documents[0][1]["units"])))
+        from evaluation import comparison
+
+        console.print(comparison.differences(documents))
     return 0
 
 
@@ -209,12 +206,13 @@ def listing(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from evaluation import tasks
+    from evaluation.harness import command
 
     flags = Parser(prog="eval.py ls", allow_abbrev=False)
     flags.add_argument("what", choices=("tasks", "groups", "claims"))
     flags.add_argument("--include_path", default="")
     options = flags.parse_args(argv)
-    folder = _include(options.include_path)
+    folder = command.include(options.include_path)
     console = Console(highlight=False, soft_wrap=True)
     if options.what == "claims":
         from evaluation.claims import program
@@ -395,63 +393,6 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _include(folder: str) -> str:
-    """Takes in the Python tasks of a folder; a folder of YAML tasks is returned, for the harness."""
-    from evaluation import tasks
-
-    if folder and any(pathlib.Path(folder).rglob("*.yaml")):
-        return folder
-    if folder:
-        tasks.include(folder)
-    return ""
-
-
-def _harness(options: argparse.Namespace, settings: dict[str, Any], names: Sequence[str], include: str) -> Any:
-    """The tasks that are not ours, made ready, with their share of `settings`; None where all are ours or unknown."""
-    from evaluation import EvaluationError, tasks
-
-    for flag, why in OF_HARNESS.items():
-        if getattr(options, flag) and not names:
-            raise ConfigError(f"--{flag}: {why} any of these tasks; leave the flag out")
-    if not names:
-        return None
-    from evaluation.harness import chat, program
-    from evaluation.harness import tasks as foreign
-
-    if not foreign.installed():
-        try:
-            tasks.match(names)
-        except EvaluationError as error:
-            raise EvaluationError(f"{error} (for tasks of lm-evaluation-harness: {foreign.INSTALL})") from error
-    for folder in options.run or [""] if options.apply_chat_template else ():
-        if not folder or chat.text(f"{folder}/tokenizer") is None:
-            raise ConfigError(f"--apply_chat_template: {folder or 'this tokenizer'} has no chat template; leave it out")
-    given = settings["params"].pop("harness", {})
-    add_bos = given.pop("add_bos", "")
-    if given or add_bos not in ("", "true", "false"):
-        raise ConfigError("--params=harness.add_bos=true|false is all that is there for harness")
-    picked = {name: rows for name, rows in settings["picked"].items() if not tasks.known(name)}
-    settings["picked"] = {name: rows for name, rows in settings["picked"].items() if name not in picked}
-    return program.prepare(
-        names, include=include, ours=[*tasks.names(), *tasks.groups()], data_root=options.data_root,
-        num_fewshot=options.num_fewshot, picked=picked,
-        batch_size=options.batch_size if options.batch_size == "auto" else settings["batch_size"],
-        max_length=options.length, add_bos=json.loads(add_bos) if add_bos else None,
-        chat_template=options.apply_chat_template, seeds=_seeds(options.seed),
-    )  # fmt: skip
-
-
-def _seeds(text: str) -> tuple[int, ...]:
-    """The harness's seeds (Python, NumPy, framework, worked examples): its own defaults, one for all, or up to four."""
-    parts = text.split(",")
-    if len(parts) > 4 or not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--seed must be one to four whole numbers of 0 or more, got {text!r}")
-    numbers = tuple(map(int, parts))
-    if len(numbers) == 1:
-        return (0, 1234, 1234, 1234) if text == "0" else numbers * 4
-    return (*numbers, *(1234,) * (4 - len(numbers)))
-
-
 def _params(options: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Parameters by the task or claim whose they are."""
     params: dict[str, dict[str, str]] = {}
@@ -530,33 +471,6 @@ def _check_corpus(folder: pathlib.Path, results: "Results") -> None:
             f"warning: the corpus has changed since {folder} was evaluated ({before[:12]}, now {now[:12]})",
             file=sys.stderr,
         )
-
-
-def _comparison(documents: Sequence[tuple[str, dict[str, Any]]], tasks: Sequence[str]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    from evaluation.results import compare
-
-    first = documents[0][0]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"difference to {first}, paired",
-        title_justify="left",
-        title_style="bold",
-        pad_edge=False,
-    )
-    for heading in ("Task", "Metric", "Run", "Difference", "", "Stderr", "p", "Units"):
-        table.add_column(heading, justify="left" if heading in ("Task", "Metric", "Run") else "right")
-    for task in tasks:
-        differences = compare([document for _, document in documents], task)
-        for (name, _), found in zip(documents[1:], differences, strict=True):
-            if found is None:
-                continue
-            metric = documents[0][1]["units"][task]["metric"]
-            error = ("±", f"{found.stderr:.4f}", f"{found.p_value:.2g}") if found.stderr is not None else ("", "", "")
-            table.add_row(task, metric, name, f"{found.value:+.4f}", *error, str(found.n))
-    return table
 
 
 @contextlib.contextmanager

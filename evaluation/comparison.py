@@ -1,7 +1,8 @@
 """Runs side by side on a terminal: quality, speed and cost."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -29,6 +30,29 @@ def table(folders: Sequence[str | pathlib.Path]) -> Table:
             _count(cost.throughput),
             _count(cost.cache_bytes),
         )
+    return shown
+
+
+def differences(documents: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """How far runs lie from the first, by task, paired by document; `documents` are (name, results JSON)."""
+    first = documents[0][0]
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"difference to {first}, paired",
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for heading in ("Task", "Metric", "Run", "Difference", "", "Stderr", "p", "Units"):
+        shown.add_column(heading, justify="left" if heading in ("Task", "Metric", "Run") else "right")
+    for task in documents[0][1]["units"]:
+        found_by_run = results.compare([document for _, document in documents], task)
+        for (name, _), found in zip(documents[1:], found_by_run, strict=True):
+            if found is None:
+                continue
+            metric = documents[0][1]["units"][task]["metric"]
+            error = ("±", f"{found.stderr:.4f}", f"{found.p_value:.2g}") if found.stderr is not None else ("", "", "")
+            shown.add_row(task, metric, name, f"{found.value:+.4f}", *error, str(found.n))
     return shown
 
 

@@ -90,7 +90,7 @@ def test_divergence_from_the_teacher(temperature, larger, reduction):
     nll = -np.sum(data["weight"] * chosen) / data["weight"].sum()
     np.testing.assert_allclose(metrics["divergence"], divergence, rtol=1e-5)
     reverse = np.sum(data["weight"] * np.sum(np.exp(q) * (q - p), -1)) / data["weight"].sum()
-    assert abs(reverse - divergence) > 1e-2 * divergence
+    assert abs(reverse - divergence) > 1e-3 * divergence
     times = LENGTH if reduction == "row" else 1
     np.testing.assert_allclose(found, temperature**2 * times * divergence + 0.5 * nll, rtol=1e-5)
 
@@ -178,5 +178,5 @@ def test_conversion_and_alignment_through_the_loop(tmp_path: pathlib.Path, capsy
 
     # The converted network is next to its teacher from the start; another one has to learn.
     assert max(losses("layerwise", train__init_from=str(tmp_path / "tpla"))) < 1e-3
-    strange = losses("logits")
+    strange = losses("logits", train__steps=24)
     assert strange[-1] < 0.8 * strange[0]

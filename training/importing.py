@@ -17,6 +17,7 @@ from flax import nnx
 import data
 import sharding
 from configs import base, fields, validate
+from evaluation.harness import chat
 from models.pretrained import Pretrained, PretrainedError, load_pretrained, save_pretrained
 from training import manifest, run_folder, setup
 from training.checkpoints import Checkpoints
@@ -47,6 +48,9 @@ def import_folder(source: str, output: str, *, dtype: str = "", tokenizer: str =
     state = State(jnp.int32(0), jnp.asarray(False), params, rest, None, {}, jax.random.key(config.seed))
     with run_folder.RunFolder(config) as folder:
         folder.write_tokenizer(chosen)
+        template = None if tokenizer else chat.text(source)
+        if template is not None:
+            manifest.write_atomically(target / "tokenizer" / "chat_template.jinja", template)
         if loaded.generation:
             manifest.write_atomically(target / GENERATION, json.dumps(loaded.generation, indent=2))
         with Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints:
