@@ -3,11 +3,15 @@
     python benchmarks/conversion_memory.py                   a quarter of the width of a 1B model
     python benchmarks/conversion_memory.py --scale=1         the shape of Llama 3.2 1B, random weights
 
-Only Linux says how much memory a process holds (/proc/self/status). Counted is what is held beyond the original network
-when the conversion is done (the new network's own arrays: whatever is not shared) and beyond both at the worst moment.
+Only Linux says how much memory a process holds (/proc/self/status). Counted is the most that is held at once, beyond
+what was held before (the original network) and beyond the new network's own arrays. The allocator is told to give freed
+memory back at once; otherwise what it keeps from making the network would hide what converting needs, or add to it.
 """
 
 import argparse
+import ctypes
+import gc
+import os
 import pathlib
 import sys
 import threading
@@ -67,6 +71,8 @@ def size(state) -> float:
 
 def main() -> None:
     """Builds a network, converts it, and prints what was held."""
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # glibc reads it when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "1048576"})
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--scale", type=float, default=0.25)
     flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -79,6 +85,8 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(0, 8192, (options.rows, 256)).astype(np.int32)
     heads = wanted.attention
     rank = options.kv_lora_rank or heads.kv_heads * heads.head_dim
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before, layer = resident(), size(nnx.state(model.stacks[0])) / wanted.depth
     began = time.perf_counter()
     with Peak() as peak:

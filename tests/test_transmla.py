@@ -270,9 +270,7 @@ def test_on_to_tpla():
         assert 1e-4 < apart(streamed(cut.model, ids), streamed(made.model, ids)) < 1
 
 
-@pytest.mark.parametrize(
-    "options", [dict(qkv_bias=True, qk_norm=True), dict(kv_heads=4, value_dim=6)]
-)
+@pytest.mark.parametrize("options", [dict(qkv_bias=True, qk_norm=True), dict(kv_heads=4, value_dim=6)])
 def test_the_first_version_is_exact_with_the_same_cache(options):
     with jax.enable_x64(True):
         wanted, ids = config(depth=1, **options), text()

@@ -105,7 +105,8 @@ def _texts(
     batches = pipeline.train()
     found: list[np.ndarray] = []
     while sum(map(len, found)) < rows:
-        found.append(next(batches)["inputs"])
+        inputs = next(batches)["inputs"]
+        found.append(inputs.reshape(-1, inputs.shape[-1]))  # Of pairs of answers, each by itself.
     batches.close()
     held_out: list[np.ndarray] = []
     for batch in pipeline.heldout_batches(options.batch_size, length) if report_rows else ():

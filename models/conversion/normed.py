@@ -16,9 +16,9 @@ _SMALLER = 2.0**-30
 def with_latent_norms(model: DecoderLM, config: Mapping[str, Any]) -> tuple[DecoderLM, dict[str, Any]]:
     """The network and its `config.model` with `latent_norm` "rms" in every layer of MLA that had "none".
 
-    x / sqrt(mean(x^2) + epsilon) is x / sqrt(epsilon) where x is small enough. So latents are made smaller by a power of
-    two and the gain makes up for both: the function is the same to mean(x^2) 2^-60 / (2 epsilon), which is below float32
-    for latents up to a thousand, and to the rounding of the gain (up to 2^-9 where parameters are bfloat16).
+    x / sqrt(mean(x^2) + epsilon) is x / sqrt(epsilon) where x is small enough. So latents are made smaller by a power
+    of two and the gain makes up for both: the function is the same to mean(x^2) 2^-60 / (2 epsilon), which is below
+    float32 for latents up to a thousand, and to the rounding of the gain (up to 2^-9 where parameters are bfloat16).
     Networks without such layers come back as they are.
     """
     plain = networks.plain(config)

@@ -1,6 +1,6 @@
 """Attention of heads as attention from a latent, by singular values (X-EcoMLA, arXiv 2503.11132, section 3).
 
-Everything here is NumPy in float64, one layer at a time.
+Everything here is NumPy, one layer at a time, in float32, as the released code has it, or in float64 for such weights.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ class Heads:
 
 def heads_of(arrays: Weights, options: Mapping[str, Any]) -> Heads:
     """Those of a layer with these arrays."""
-    wide = {name: array.astype(np.float64) for name, array in arrays.items()}
+    wide = {name: array.astype(np.promote_types(array.dtype, np.float32), copy=False) for name, array in arrays.items()}
     query, key, value, out = (wide[f"{part}.weight"] for part in ("query", "key", "value", "out"))
     biases = {name.removesuffix(".bias"): array for name, array in wide.items() if name.endswith(".bias")}
     return Heads(options, query, key, value, out, biases)

@@ -81,7 +81,7 @@ class Ranks:
 
     def by_energy(self, values: Float[np.ndarray, " R"], share: float) -> int:
         """How many of these singular values the share takes, at least 1; not yet rounded."""
-        energies = np.cumsum(values**2)
+        energies = np.cumsum(values.astype(np.float64) ** 2)
         reached = energies / energies[-1]
         return max(1, int(np.sum(reached <= share) if self.count == "released" else 1 + np.sum(reached < share)))
 
@@ -123,7 +123,8 @@ def upcycle(
     numbers in its matrices than before. With `kv_energy` or `q_energy` above 0 a rank is how many singular values that
     share of the sum of their squares takes, with `fixed_ends` not in the network's first and last layer: the smallest
     number that reaches the share (`count` "paper"), or, one less, those up to which it is not exceeded ("released", the
-    authors' code). All ranks are rounded up to a multiple of `divisor`.
+    authors' code, whose last layer then takes the rank of the layer before it: a slip that is not followed). All ranks
+    are rounded up to a multiple of `divisor`.
 
     `sigma`: singular values go into the down projection (the code's choice) or "up" (the paper's): the same products,
     which train differently. `latent_norm` "none" is the paper's choice, "rms" its ablation. `init` "random" (by `seed`)
@@ -167,6 +168,7 @@ def upcycle(
             made[layer] = _cast(factorised(heads, options[layer], sigma, rope), dtype)
             cut |= {} if report_ids is None else {layer: _cast(truncated(heads, q, kv), dtype)}
         spectra.append(tuple(map(float, heads.joint.values**2 / np.sum(heads.joint.values**2))))
+        del heads, own  # With their decompositions, before the next layer's are made.
         if progress is not None:
             progress("layers", number + 1, len(chosen))
     new_config = configured(plain, options)
@@ -269,7 +271,7 @@ def _each(ranks: Any, number: int) -> Any:
 
 
 def _cast(weights: Weights, dtype: Any) -> Weights:
-    return {name: array.astype(dtype) for name, array in weights.items()}
+    return {name: np.ascontiguousarray(array, dtype) for name, array in weights.items()}  # No views of what is wider.
 
 
 def _chosen(layers: Sequence[int], depth: int) -> list[int]:

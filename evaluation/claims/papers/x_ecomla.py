@@ -103,8 +103,8 @@ def _loss(model: Any, ids: Int[np.ndarray, "N T"]) -> float:
 
 
 def _course(trained: Trained) -> dict[str, float]:
-    """The text's cross-entropy in the first step and over the last tenth of each third of the steps: the batches are
-    those of every other form, and none has been trained on before."""
+    """The text's cross-entropy in the first step, and as a mean over the steps before each third ends: a tenth of all.
+    The batches are those of every other form."""
     lines = (pathlib.Path(trained.config.run_dir) / "metrics.jsonl").read_text().splitlines()
     losses = [row["cross_entropy"] for row in map(json.loads, lines) if "cross_entropy" in row]
     window, count = max(1, len(losses) // 10), len(losses)
