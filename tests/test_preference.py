@@ -394,8 +394,9 @@ def test_configs_that_cannot_be(fields, says):
         objectives.get("dpo")(base.objective(), None)
 
 
-def test_all_stages_through_the_loop(tmp_path, capsys):
-    """A base run, upcycled on the command line's path with a hybrid stack, distilled, and preference-tuned."""
+def test_upcycling_and_tuning_through_the_loop(tmp_path, capsys):
+    """A base run, upcycled on the command line's path to a hybrid stack, and tuned on pairs; the stage between the two is
+    an objective like any other (`test_distillation.py`)."""
 
     def stage(arguments: str, name: str, **fields):
         made = x_ecomla.get_config(f"{arguments},smoke")
@@ -419,15 +420,16 @@ def test_all_stages_through_the_loop(tmp_path, capsys):
     hybrid = load_run(upcycled).config.model
     assert hybrid.attention.layer == "mha" and hybrid.per_layer[0][1]["attention"]["q_lora_rank"] == q_rank
     from_here = dict(model__attention=hybrid.attention, model__per_layer=hybrid.per_layer)
-    taught, lines = stage(
-        "stage=distill", "taught", **from_here, train__init_from=str(upcycled), objective__teacher=before
-    )
-    assert lines[0]["divergence"] < 1e-3  # Next to its teacher from the start.
-    np.testing.assert_allclose(lines[0]["loss"], 32 * lines[0]["divergence"], rtol=1e-4)
     pairs = stored(tmp_path, records(30))
     _, lines = stage(
-        "stage=dpo", "tuned", **from_here, train__init_from=taught, data__sources=(str(pairs),),
+        "stage=dpo", "tuned", **from_here, train__init_from=str(upcycled), data__sources=(str(pairs),),
         optimizer__learning_rate=1e-3,
     )  # fmt: skip
     np.testing.assert_allclose(lines[0]["loss"], np.log(2), rtol=1e-5)
     assert lines[-1]["rewards/margin"] > 0
+    distilled = x_ecomla.get_config("stage=distill,kv_rank=16")
+    with pytest.raises(ConfigError, match="config.objective.teacher must be a run folder for the objective distill"):
+        validate.check(distilled)
+    distilled.objective.teacher = before
+    validate.check(distilled)
+    assert (distilled.objective.reduction, distilled.model.attention.q_lora_rank) == ("row", 128)
