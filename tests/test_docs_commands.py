@@ -69,7 +69,7 @@ def test_python_in_documents_runs(document):
 def test_paths_in_documents_exist(document):
     text = (ROOT / document).read_text()
     named = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|toml))(?::\w+)?`", text)
-    of_a_run = ("runs/", "checkpoints/", "tensorboard/", "tokenizer/")
+    of_a_run = ("runs/", "checkpoints/", "tensorboard/", "tokenizer/", "loss/")
     folders = ("", "layers/attention", "kernels/attention")
     missing = [
         name

@@ -389,7 +389,7 @@ def test_layers_name_options_that_do_not_fit():
         ("mha", dict(heads=4, kv_heads=3), "kv_heads 3 must divide heads 4"),
         ("lightning", dict(activation="relu"), "'relu' is not one of silu, elu1, none"),
         ("lightning", dict(decay="alibbi"), "unknown decay rule 'alibbi'"),
-        ("mlha", {}, "unknown attention layer 'mlha'.*lightning, mha, mla"),
+        ("mlha", {}, "unknown attention layer 'mlha'.*lightning, mha, mha_latent, mla"),
     ):
         with pytest.raises(ValueError, match=message):
             layers.attention.get(variant)(oracle.Blank(WIDTH), layer_index=0, rngs=nnx.Rngs(0), **options)

@@ -395,7 +395,7 @@ def test_configs_that_cannot_be(fields, says):
 
 
 def test_upcycling_and_tuning_through_the_loop(tmp_path, capsys):
-    """A base run, upcycled on the command line's path to a hybrid stack, and tuned on pairs; the stage between the two is
+    """A base run, upcycled on the command line's path to a hybrid stack, and tuned on pairs; the stage between is
     an objective like any other (`test_distillation.py`)."""
 
     def stage(arguments: str, name: str, **fields):

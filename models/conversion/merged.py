@@ -67,7 +67,6 @@ class Merged:
         The same function as the layer if all L = g d channels are rotated, each pair with the frequency it has there.
         """
         query, key, value = (affine(name, arrays) for name in ("query", "key", "value"))
-        query, key, value = (affine(name, arrays) for name in ("query", "key", "value"))
         key, blocks = key @ basis, np.arange(heads) * kv_heads // heads
         values = np.eye(value.shape[1]).reshape(value.shape[1], kv_heads, -1)[:, blocks]
         keys = np.moveaxis(basis.reshape(kv_heads, -1, len(basis))[blocks], -1, 0)[rotary:]

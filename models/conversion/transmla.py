@@ -259,31 +259,46 @@ class Work:
         text = self.ids if self.ids is not None else ids if norms else None
         stream = None if text is None else Stream(self.model, text)
         measured = None if self.ids is None else stream
-        dtype = self.model.setting.param_dtype
         weights: dict[int, networks.Weights] = {}
         ratios: list[float] = []
         spectra: list[tuple[float, ...]] = []
         for layer in range(self.model.depth):
             if layer in self.plans:
-                plan, arrays = self.plans[layer], self.arrays(layer)
-                merged = plan.merged(arrays, self.basis(layer), plan.rotary)
-                moment = _moment(merged.latent, self.inputs(measured, len(merged.latent) - 1))
-                keys = merged.latent.shape[1] - arrays["value.weight"].shape[1]
-                down, up, ratio, spectrum = _joint(moment, keys, balance, rank)
+                weights[layer], ratio, spectrum = self._compressed(
+                    layer, rank, q_rank, balance, norms, measured, stream
+                )
                 ratios.append(ratio)
                 spectra.append(tuple(map(float, spectrum)))
-                merged = merged.reduced(down, up)
-                scale = plan.scale * (plan.source["head_dim"] + plan.rotary) ** 0.5
-                made = merged.arrays(scale, arrays, plan.source["qkv_bias"])
-                if q_rank:
-                    made |= self._queries(layer, q_rank, scale, measured)
-                if norms:
-                    made |= _gains(merged.latent, made, q_rank, self.inputs(stream, len(merged.latent) - 1))
-                weights[layer] = {name: np.asarray(array).astype(dtype) for name, array in made.items()}
             if stream is not None:
                 stream.advance(self.partial(layer) if layer in self.plans else None)
             self.tell("compressing", layer + 1, self.model.depth)
         return weights, ratios, tuple(spectra)
+
+    def _compressed(
+        self,
+        layer: int,
+        rank: int,
+        q_rank: int,
+        balance: float,
+        norms: bool,
+        measured: Stream | None,
+        stream: Stream | None,
+    ) -> tuple[networks.Weights, float, np.ndarray]:
+        """One layer's arrays but for those of the output, its ratio and spectrum."""
+        plan, arrays = self.plans[layer], self.arrays(layer)
+        merged = plan.merged(arrays, self.basis(layer), plan.rotary)
+        moment = _moment(merged.latent, self.inputs(measured, len(merged.latent) - 1))
+        keys = merged.latent.shape[1] - arrays["value.weight"].shape[1]
+        down, up, ratio, spectrum = _joint(moment, keys, balance, rank)
+        merged = merged.reduced(down, up)
+        scale = plan.scale * (plan.source["head_dim"] + plan.rotary) ** 0.5
+        made = merged.arrays(scale, {}, plan.source["qkv_bias"])
+        if q_rank:
+            made |= self._queries(layer, q_rank, scale, measured)
+        if norms:
+            made |= _gains(merged.latent, made, q_rank, self.inputs(stream, len(merged.latent) - 1))
+        dtype = self.model.setting.param_dtype
+        return {name: np.asarray(array).astype(dtype) for name, array in made.items()}, ratio, spectrum
 
     def _queries(self, layer: int, rank: int, scale: float, stream: Stream | None) -> dict[str, np.ndarray]:
         """Stage 6 with a rank: the arrays of the two matrices."""
