@@ -8,7 +8,8 @@
     python eval.py report runs/gqa runs/mla --output=report.html
     python eval.py --claim=tpla                                         a published claim, tried at small scale
 
-Flags and files follow lm-evaluation-harness. Results go to --output, by default to <run>/eval.
+Flags and files follow lm-evaluation-harness. Results go to --output, by default to <run>/eval. On several hosts each
+runs the same command with --coordinator, --num_processes and --process_id.
 """
 
 import argparse
@@ -90,6 +91,9 @@ def parser() -> Parser:
     add("--use_cache", "-c", default="", metavar="DIR", help="keep results of tasks, and do finished tasks only once")
     add("--include_path", default="", metavar="DIR", help="a folder with further tasks, in Python or in YAML")
     add("--data_root", default="", metavar="DIR", help="data of the harness's tasks: DIR/<dataset>/<split>.jsonl")
+    add("--coordinator", default="", help="several processes: where they meet, as host:port")
+    add("--num_processes", type=int, default=1, help="several processes: how many")
+    add("--process_id", type=int, default=-1, help="several processes: which one this is, from 0")
     add("--claim", default="", metavar="SLUG", help="measure a published claim (see `ls claims`); nothing else")
     add("--smoke", action="store_true", help="with --claim: as small as can be, to see that it works")
     add(
@@ -177,7 +181,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
     from evaluation import tasks
     from evaluation.harness import command
+    from training import processes
 
+    processes.join(options.coordinator, options.process_id, options.num_processes)
     include = command.include(options.include_path)
     asked = [part for part in options.tasks.split(",") if part]
     theirs = [name for name in asked if not tasks.known(name)]
@@ -186,7 +192,7 @@ def evaluate(options: argparse.Namespace) -> int:
     ours = asked if settings["harness"] is None else [name for name in asked if name not in theirs]
     chosen = tasks.match(ours) if ours or not asked else []
     settings["tasks"] = ours
-    console, documents = Console(highlight=False), []
+    console, documents = Console(highlight=False, quiet=jax.process_index() > 0), []
     for folder in options.run or [""]:
         results, target = _one(options, settings, folder, any(task.needs_text for task in chosen))
         console.print(results.table())
@@ -476,10 +482,11 @@ def _check_corpus(folder: pathlib.Path, results: "Results") -> None:
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
     """A bar on a terminal; nothing elsewhere, where the tables say enough."""
+    import jax
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=jax.process_index() > 0)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         job = bar.add_task("loading", total=None)

@@ -23,9 +23,9 @@ def write(folders: Sequence[str | pathlib.Path], path: str | pathlib.Path, *, co
     The first run is the one the others are compared with. `command` is shown as the way to repeat it all. Raises
     EvaluationError for a folder that is no run.
     """
-    path = pathlib.Path(path)
+    path, content = pathlib.Path(path), render(runs.read(folders), command=command)
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.write_atomic(path, render(runs.read(folders), command=command))
+    results.write_atomic(path, content)
     return path
 
 

@@ -90,6 +90,7 @@ def test_tasks_are_listed(capsys):
         (["heldout"], "unexpected argument 'heldout'"),
         (["ls", "task"], "invalid choice"),
         (["report", "nowhere"], "nowhere is no run folder"),
+        (["--model=gqa", "--num_processes=2"], "several processes need all of --coordinator"),
         (["--model=gqa", "--model_args=data.sources=nowhere", "--tasks=heldout"], "nowhere"),
         (["--model=gqa", "--length=100000", f"--model_args={SMALL}"], "longer than config.model.max_length"),
     ],
@@ -98,6 +99,7 @@ def test_mistakes_are_user_errors_of_one_line(argv, message):
     with pytest.raises(UserError) as error:
         program.main(argv)
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert not pathlib.Path("nowhere").exists()
 
 
 def test_a_mistake_leaves_with_status_2_and_no_traceback():

@@ -1,4 +1,4 @@
-"""Real processes on this machine, as on several hosts: train, save, and go on with another number of them.
+"""Real processes on this machine, as on several hosts: train, save, go on with another number of them, evaluate.
 
 One run folder is taken through three lives: two processes of two devices each, one process of one device, two processes
 of one device each. The preset makes of these a mesh of data x model = 2 x 2, of 1 x 1 (nothing is sent), and of 1 x 2,
@@ -30,32 +30,42 @@ FIELDS = {
 
 
 def train(folder: pathlib.Path, steps: int, *, processes: int, devices: int) -> None:
-    """Runs `train.py` in so many processes until they end; AssertionError with their output if one fails."""
+    """Runs `train.py` until it ends."""
     fields = {**FIELDS, "run_dir": folder, "train.steps": steps, "train.compilation_cache": folder.parent / "cache"}
-    command = [sys.executable, str(ROOT / "train.py"), "--config=configs/lm.py:attention=gqa,smoke"]
+    command = ["train.py", "--config=configs/lm.py:attention=gqa,smoke"]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
+    run(command, folder.parent / f"{folder.name}-{steps}", processes=processes, devices=devices)
+
+
+def run(command: list[str], logs: pathlib.Path, *, processes: int, devices: int) -> None:
+    """Runs a program of ours in so many processes until they end; AssertionError with their output if one fails."""
     if processes > 1:
-        command += [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
+        command = [*command, f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }  # fmt: skip
-    started = []
+    started, outputs = [], [logs.with_name(f"{logs.name}-{i}.log") for i in range(processes)]
     try:
-        for i in range(processes):
+        for i, output in enumerate(outputs):
             own = [f"--process_id={i}"] if processes > 1 else []
             # To files: a process that waits for a full pipe would hold up the others.
-            with open(folder.parent / f"{folder.name}-{steps}-{i}.log", "wb") as log:
+            with open(output, "wb") as log:
                 started.append(
-                    subprocess.Popen([*command, *own], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                    subprocess.Popen(
+                        [sys.executable, *command, *own],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )  # fmt: skip
                 )
         codes = [process.wait(TIMEOUT) for process in started]
     finally:
         for process in started:
             process.kill()
             process.wait()
-    output = [(folder.parent / f"{folder.name}-{steps}-{i}.log").read_text() for i in range(processes)]
-    assert codes == [0] * processes, "\n\n".join(text[-3000:] for text in output)
+    assert codes == [0] * processes, "\n\n".join(output.read_text()[-3000:] for output in outputs)
 
 
 def free_port() -> int:
@@ -97,3 +107,29 @@ def test_a_run_goes_on_with_another_number_of_processes(alone):
     assert list(found) == list(expected) == list(range(1, 3 * PER_LIFE + 1))
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
     assert np.ptp(list(expected.values())) > 0.1  # Steps and their data can be told apart.
+
+
+def test_tasks_of_the_harness_asked_by_two_processes(alone):
+    """Over a mesh that crosses them they find what one process finds."""
+    found = {}
+    for processes in (1, 2):
+        output = alone.parent / f"asked-{processes}"
+        command = ["eval.py", f"--run={alone}", "--tasks=tiny_quiz,tiny_pages,tiny_answer", f"--output={output}"]
+        command += [f"--include_path={ROOT / 'tests/harness/tasks'}", "--log_samples", "--bootstrap_iters=0"]
+        run(command, output, processes=processes, devices=1)
+        (results,) = output.rglob("results_*.json")  # One of them wrote.
+        lines = [line for file in sorted(output.rglob("samples_*")) for line in file.read_text().splitlines()]
+        found[processes] = [json.loads(line)["filtered_resps"] for line in lines]
+    texts, numbers = ([of(answers) for answers in found.values()] for of in (generated, log_probabilities))
+    assert len(texts[0]) == 3 and len(numbers[0]) == 5 and all(map(len, texts[0]))
+    assert texts[0] == texts[1]
+    for one, two in zip(*numbers, strict=True):
+        np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+def generated(answers: list) -> list[str]:
+    return [answer[0] for answer in answers if isinstance(answer[0], str)]
+
+
+def log_probabilities(answers: list) -> list[np.ndarray]:
+    return [np.array(answer, float) for answer in answers if not isinstance(answer[0], str)]

@@ -39,6 +39,7 @@ def described(path, tokenizer, **changed):
     }
     save_file({name: weights.weight(name, shape) for name, shape in shapes.items()}, path / "model.safetensors")
     (path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
+    (path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     return path
 
 
@@ -75,7 +76,8 @@ def test_a_folder_becomes_a_run_and_a_folder_again(tmp_path):
     assert evaluator.main(["export", str(run), "--output", str(back), "--family=llama"]) == 0
     before, after = (load_file(place / "model.safetensors") for place in (folder, back))
     assert before.keys() == after.keys() and all(before[name].tobytes() == after[name].tobytes() for name in before)
-    assert (folder / "tokenizer.json").read_text() == (back / "tokenizer.json").read_text()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (folder / name).read_text() == (back / name).read_text()
     said = json.loads((back / "generation_config.json").read_text())
     assert said == {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "do_sample": True, "temperature": 0.7}
     assert load_pretrained(back).generation == said

@@ -18,6 +18,7 @@ import data
 import sharding
 from configs import base, fields, validate
 from evaluation.harness import chat
+from models.conversion.normed import with_latent_norms
 from models.pretrained import Pretrained, PretrainedError, load_pretrained, save_pretrained
 from training import manifest, run_folder, setup
 from training.checkpoints import Checkpoints
@@ -59,17 +60,24 @@ def import_folder(source: str, output: str, *, dtype: str = "", tokenizer: str =
     return loaded
 
 
-def export_run(run: str, output: str, *, step: int | None = None, family: str = "", max_shard_size: int) -> None:
-    """The network of a run, at `step` or its newest, as a Hugging Face folder; see `save_pretrained`."""
+def export_run(run: str, output: str, *, step: int | None = None, family: str = "", max_shard_size: int) -> list[str]:
+    """The network of a run, at `step` or its newest, as a Hugging Face folder; see `save_pretrained`.
+
+    Returns notes for the user. Latents without a norm get one that changes nothing, without which no other program
+    would read them (`models.conversion.with_latent_norms`).
+    """
     if pathlib.Path(output).exists():
         raise PretrainedError(f"{output} exists already: give another --output, nothing is overwritten")
     loaded = load_run(run, step, layout=sharding.build(base.sharding()))
-    said = pathlib.Path(run) / GENERATION
+    said, tokenizer = pathlib.Path(run) / GENERATION, pathlib.Path(run) / "tokenizer"
+    config = fields.plain(loaded.config.model)
+    model, normed = with_latent_norms(nnx.merge(*nnx.split(loaded.model)), config)
     save_pretrained(
-        nnx.merge(*nnx.split(loaded.model)), fields.plain(loaded.config.model), output, tokenizer=loaded.tokenizer,
+        model, normed, output, tokenizer=tokenizer if tokenizer.exists() else loaded.tokenizer,
         generation=json.loads(said.read_bytes()) if said.exists() else None,
         max_shard_size=max_shard_size, family=family,
     )  # fmt: skip
+    return [] if normed == config else ["latents without a norm were given one that leaves what the network computes"]
 
 
 def _config(loaded: Pretrained, target: pathlib.Path) -> ml_collections.ConfigDict:
@@ -96,15 +104,15 @@ def main(argv: Sequence[str], parser: type[argparse.ArgumentParser] = argparse.A
         flags.add_argument("--tokenizer", default="", help="byte, or a path, in place of the folder's own")
         given = vars(flags.parse_args(rest))
         output = given["output"]
-        loaded = import_folder(given.pop("source"), given.pop("output"), **given)
-        for note in loaded.notes:
-            print(f"note: {note}")
+        notes = import_folder(given.pop("source"), given.pop("output"), **given).notes
     else:
         flags.add_argument("--step", type=int, default=None, help="else the newest")
         flags.add_argument("--family", default="", help="the model_type to write; else the first that fits")
         flags.add_argument("--max_shard_size", type=int, default=5 * 10**9, help="bytes in one file")
         given = vars(flags.parse_args(rest))
         output = given["output"]
-        export_run(given.pop("source"), given.pop("output"), **given)
+        notes = export_run(given.pop("source"), given.pop("output"), **given)
+    for note in notes:
+        print(f"note: {note}")
     print(f"{command}ed: {output}")
     return 0

@@ -32,11 +32,12 @@ def _import() -> None:
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
-    os.environ.setdefault("TQDM_DISABLE", "1")
     import datasets
-    import lm_eval  # noqa: F401
+    from lm_eval.api import task
 
     datasets.disable_progress_bars()
+    # What tqdm itself heeds, TQDM_DISABLE, counts only where nobody has imported it before.
+    task.tqdm = functools.partial(task.tqdm, disable=True)
     logging.getLogger("lm_eval").setLevel(os.environ.get("LMEVAL_LOG_LEVEL", "ERROR"))
 
 

@@ -10,7 +10,8 @@ from models.pretrained import reader
 from models.pretrained.errors import PretrainedError
 
 _OURS = "tessera_tokenizer.json"
-_THEIRS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_CHAT = "chat_template.jinja"
+_THEIRS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _CHAT)
 _BYTE_SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>"}
 
 
@@ -61,6 +62,8 @@ def _copied(source: pathlib.Path, folder: pathlib.Path) -> dict[str, int]:
         said = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
         (folder / "tokenizer_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         (folder / "special_tokens_map.json").write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+        if (source / _CHAT).exists():
+            shutil.copyfile(source / _CHAT, folder / _CHAT)
     else:
         if not (source / "tokenizer.json").exists():
             raise PretrainedError(f"{source} has no tokenizer.json")
