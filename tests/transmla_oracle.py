@@ -146,9 +146,9 @@ def rotation(layer, keys, fold, collapse, fault=""):
 
 
 def convert(layer, x, fold, collapse, rank, q_rank=0, norms=False, weights=False, fault=""):
-    """Steps 1 to 7 with the inputs x [N, D] as calibration (`weights`: the weights alone instead)."""
+    """Steps 1 to 7 with the inputs x [N, D] as calibration (`weights`: steps 4 to 6 by the weights alone)."""
     d, r, lat = layer.d, layer.d // collapse, layer.g * layer.d
-    keys = layer.k.T if weights else x @ layer.k.T + layer.kb
+    keys = x @ layer.k.T + layer.kb
     if fault == "PCA of rotated keys":
         heads = np.split(keys, layer.g, axis=1)
         keys = np.concatenate([turn_half(head, layer.frequencies) for head in heads], axis=1)

@@ -104,7 +104,7 @@ def main(argv: Sequence[str], parser: type[argparse.ArgumentParser] = argparse.A
         flags.add_argument("--tokenizer", default="", help="byte, or a path, in place of the folder's own")
         given = vars(flags.parse_args(rest))
         output = given["output"]
-        notes = import_folder(given.pop("source"), given.pop("output"), **given).notes
+        notes = list(import_folder(given.pop("source"), given.pop("output"), **given).notes)
     else:
         flags.add_argument("--step", type=int, default=None, help="else the newest")
         flags.add_argument("--family", default="", help="the model_type to write; else the first that fits")

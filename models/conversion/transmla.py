@@ -62,7 +62,8 @@ def convert_to_transmla(
     7. `norms`: latents get the norms of a DeepSeek model with the one gain that keeps their mean size, mean(rms). (The
        published code sets mean(1 / rms), which reads inverted: a norm divides by rms already.)
 
-    `pca` "weights" does stages 2, 4, 5 and 6 by the weights alone, as if inputs were white: worse, to compare with.
+    `pca` "weights" does stages 4, 5 and 6 by the weights alone, as if inputs were white (and stage 2 where there are no
+    `calibration_ids`): worse, to compare with.
     `report_ids` measures every stage on other text; without it only the conversion is done. The memory needed beyond
     both networks is that of one layer's weights and of the hidden states of the calibration text.
 
@@ -91,10 +92,10 @@ def convert_to_transmla(
             f"{most}, better 100 times as many"
         )
     tell = progress or (lambda what, done, total: None)
-    work = Work(model, plans, None if weighed else calibration_ids, tell)
+    work = Work(model, plans, calibration_ids, tell)
     work.mix(keep=freqfold == "auto")
     tried = work.search(calibration_ids) if freqfold == "auto" else {}
-    weights, ratios, spectra = work.compress(kv_lora_rank, q_lora_rank, balance_kv_ratio, norms, calibration_ids)
+    weights, ratios, spectra = work.compress(kv_lora_rank, q_lora_rank, balance_kv_ratio, norms, weighed)
     new = {layer: plan.options(kv_lora_rank, q_lora_rank, norms) for layer, plan in plans.items()}
     new_config = networks.with_layers(networks.plain(config), new)
     result = networks.like(model, new_config, weights)
@@ -253,12 +254,12 @@ class Work:
         )
 
     def compress(
-        self, rank: int, q_rank: int, balance: float, norms: bool, ids: Int[np.ndarray, "N T"] | None
+        self, rank: int, q_rank: int, balance: float, norms: bool, weighed: bool
     ) -> tuple[dict[int, networks.Weights], list[float], tuple[tuple[float, ...], ...]]:
-        """Stages 4 to 7, by the keys and values of the network of stage 3: arrays, ratios and spectra of the layers."""
-        text = self.ids if self.ids is not None else ids if norms else None
-        stream = None if text is None else Stream(self.model, text)
-        measured = None if self.ids is None else stream
+        """Stages 4 to 7, by the keys and values of the network of stage 3 (`weighed`: by the weights alone): arrays,
+        ratios and spectra of the layers."""
+        stream = None if weighed and not norms else Stream(self.model, self.ids)
+        measured = None if weighed else stream
         weights: dict[int, networks.Weights] = {}
         ratios: list[float] = []
         spectra: list[tuple[float, ...]] = []
