@@ -16,7 +16,7 @@ help: ## List the targets
 quickstart: ## Train small language models with three attentions, compare them, write report.html (under 5 minutes)
 	@python=$$(tools/environment) && "$$python" train.py --sweep=configs/sweeps/quickstart.py
 
-test: ## Run all tests (under 15 minutes on 2 cores)
+test: ## Run all tests (about 20 minutes on 2 cores)
 	@python=$$(tools/environment dev) && JAX_PLATFORMS=cpu "$$python" -m pytest $(WORKERS) $(ARGS)
 
 check: lint types ## Linter, formatter and type checker

@@ -38,7 +38,8 @@ from models.conversion.transmla import Work, plan_of
 
 METHODS = ("dropped", "RoRoPE", "RoRoPE + FreqFold", "RoRoPE, strongest pairs")
 LATENTS = ("BKV", "no BKV", "PCA of weights")
-KEPT, RANKS = (32, 16, 8), (16, 32)  # Rotated channels of the 128 that a merged key has; channels of the latent.
+KEPT = 32, 16, 8  # Rotated channels of the 128 that a merged key has.
+RANKS = 4, 8, 16  # Channels of the latent; with 16 rotated ones the least are 8% of the cache, as in the paper.
 
 
 def run(context: ClaimContext) -> Iterator[Any]:
@@ -275,6 +276,12 @@ CLAIM = Claim(
             "With as many rotated channels, mixing heads is better than keeping the strongest pairs of each head.",
             tuple(less(_partial(kept, "RoRoPE"), _partial(kept, "dropped")) for kept in KEPT),
             "paper, figure 2b",
+        ),
+        Check(
+            "both are better than dropping",
+            "So is RoRoPE with FreqFold.",
+            tuple(less(_partial(kept, "RoRoPE + FreqFold"), _partial(kept, "dropped")) for kept in KEPT),
+            "paper, figure 2b and table 1 (58.20 against 37.90)",
         ),
         Check(
             "FreqFold is no worse",
