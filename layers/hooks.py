@@ -3,7 +3,8 @@
 A hook names a site inside every attention layer. An edit replaces the value there; a tap returns it through the
 auxiliary outputs under "tap/<site>". Sites: `layer_input` [B, T, D]; `query_raw` and `query` [B, T, H, D] before and
 after positions; `latent` [B, T, G, d] as it is cached, in layers that have latents; `scores` and `probabilities`
-[B, H, T, S]; `heads` [B, T, H, Dv] before the output projection.
+[B, H, T, S]; `gates` [B, T, H], what outputs of heads are multiplied by, in layers that weigh them; `heads`
+[B, T, H, Dv] before the output projection.
 Without hooks nothing is computed and no bit changes.
 """
 
@@ -14,7 +15,7 @@ from jaxtyping import Array
 
 from kernels.tokens import Tokens
 
-SITES = ("layer_input", "query_raw", "query", "latent", "scores", "probabilities", "heads")
+SITES = ("layer_input", "query_raw", "query", "latent", "scores", "probabilities", "gates", "heads")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Multi-head, grouped-query and multi-query attention, with windows, sink tokens and learned sinks."""
 
 from collections.abc import Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kernels.attention import cost, masks
 from kernels.tokens import Tokens
@@ -17,6 +18,17 @@ from layers.linear import Linear
 from layers.norm import Norm
 from layers.rope import Rope
 from sharding import logical
+
+
+class Gates(NamedTuple):
+    """Weights of heads, which of them are above zero, and losses; None for no weights, and for all of them."""
+
+    weight: Float[Array, "B T H"] | None = None
+    active: Bool[Array, "B T H"] | None = None
+    losses: Mapping[str, Array] = MappingProxyType({})
+
+
+NO_GATES = Gates()
 
 
 @register("mha")
@@ -98,7 +110,9 @@ class MultiHeadAttention(Attention):
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         position = tokens.positions()
-        q = site("query", self.rope.rotate(site("query_raw", q), position))
+        q = site("query_raw", q)
+        gates = self.gates(x, q, tokens)
+        q = site("query", self.rope.rotate(q, position))
         k = self.rope.rotate(k, position)
         view = View({"k": k, "v": v}, tokens)
         if cache is not None:
@@ -118,9 +132,16 @@ class MultiHeadAttention(Attention):
             sinks=None if self.sinks is None else self.sinks[...].astype(jnp.float32),
             hooks=site,
             implementation=self.setting.implementation,
+            active=None if cache is not None or site.edits("gates") else gates.active,
         )
+        if gates.weight is not None:
+            heads = heads * site("gates", gates.weight)[..., None].astype(heads.dtype)
         out = self.out(site("heads", heads).reshape(*x.shape[:2], -1))
-        return AttentionOutput(out, cache, site.taken)
+        return AttentionOutput(out, cache, site.taken | dict(gates.losses))
+
+    def gates(self, x: Float[Array, "B T D"], q: Float[Array, "B T H D"], tokens: Tokens) -> Gates:
+        """What each head's output is multiplied by, from the layer's input and the queries before positions."""
+        return NO_GATES
 
     def init_cache(self, batch: int, length: int, dtype: str) -> SlotCache:
         heads = self.kv_heads * self._copies

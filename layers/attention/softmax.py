@@ -4,10 +4,11 @@ active mesh, and its hooks."""
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kernels import decode
 from kernels.attention import attention, masks, probabilities
+from kernels.attention.rows import of_active_rows
 from kernels.tokens import Tokens
 from layers.hooks import LayerHooks, Tap
 from layers.paged import gathered
@@ -17,6 +18,8 @@ _KV = ("batch", None, "kv_heads", None)
 _TOKENS = ("batch", "length")
 #: The most new tokens at once that the decode op is made for.
 _FEW = 16
+#: The fewest tokens with which leaving rows out is worth gathering those that stay.
+_MANY = 512
 
 
 def attend(
@@ -36,8 +39,11 @@ def attend(
     hooks: LayerHooks,
     implementation: str | None,
     head_axis: str = "heads",
+    active: Bool[Array, "B T H"] | None = None,
 ) -> Float[Array, "B T H Dv"]:
     """Output of every head before W_O; arguments as for `kernels.attention.attention`.
+
+    `active`: the heads of each token that count; the others may be left out, and then come back as zeros.
 
     `v` None: the values are the first `value_width` columns of the keys. `lengths`, from a cache's `View`, says what
     the mask says of a cache that is in order; then few queries go to the decode op, which reads no more than is there.
@@ -82,16 +88,23 @@ def attend(
     repeats = logical.kv_repeat(q.shape[2], k.shape[2])
     if repeats > 1:  # Whole before they are repeated, so that their gradients are whole, too.
         k, v = (jnp.repeat(logical.constrain(x, _KV), repeats, axis=2) for x in (k, v))
-    if logical.active() is None:  # Tokens stay outside the trace where they are constants.
+    if hooks.edits("scores") or q.shape[1] < _MANY:
+        active = None
+    if logical.active() is None and active is None:  # Tokens stay outside the trace where they are constants.
         return attention(q, k, v, **shared, implementation=implementation)[0]
 
-    def local(q, k, v, tokens, keys, sinks):
-        options = shared | dict(q_tokens=tokens, k_tokens=keys, sinks=sinks)
-        return attention(q, k, v, **options, implementation=implementation)[0]
+    def local(q, k, v, tokens, keys, sinks, active):
+        options = shared | dict(q_tokens=tokens, k_tokens=keys, sinks=sinks, implementation=implementation)
+        if active is not None:
+            return of_active_rows(q, k, v, active, **options)
+        return attention(q, k, v, **options)[0]
 
+    if logical.active() is None:
+        return local(q, k, v, tokens, keys, sinks, active)
     query, key = ("batch", "length", head_axis, None), ("batch", None, head_axis, None)
     specs = (query, key, key, _TOKENS, ("batch", None), None if sinks is None else (head_axis,))
-    return logical.shard_kernel(local, specs, query)(q, k, v, tokens, keys, sinks)
+    chosen = None if active is None else ("batch", "length", head_axis)
+    return logical.shard_kernel(local, (*specs, chosen), query)(q, k, v, tokens, keys, sinks, active)
 
 
 def _from_cache(
