@@ -1,20 +1,14 @@
 """The suite runs on eight CPU devices; what uses one of them runs as fast as it would alone."""
 
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import sys
 
+import flags
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = {"--xla_force_host_platform_device_count": "8"}
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # XLA's older way to emit fused loops compiles in half the time, and compiling is most of what tests do; newer
-    # versions do not have it. The commands of the documents and the notebooks run with what users get.
-    _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
-for _flag, _value in _FLAGS.items():
-    if _flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+os.environ["XLA_FLAGS"] = flags.xla(8, os.environ.get("XLA_FLAGS", ""))
 
 
 def _find_cuda_plugin() -> None:

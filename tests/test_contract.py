@@ -134,8 +134,7 @@ def test_scan_and_loop_are_one_model(case: Case):
 
 
 @LAYERS
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_changes_no_gradient(case: Case, remat: str):
+def test_rematerialisation_changes_no_gradient(case: Case):
     ids = jax.random.randint(jax.random.key(1), (2, 12), 0, 50)
 
     def gradient(remat):
@@ -143,8 +142,10 @@ def test_rematerialisation_changes_no_gradient(case: Case, remat: str):
         loss = lambda p: jnp.mean(jax.nn.log_softmax(nnx.merge(definition, p, rest)(ids).logits)[..., 0])  # noqa: E731
         return jax.jit(jax.grad(loss))(parameters)
 
-    for kept, again in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(remat)), strict=True):
-        np.testing.assert_allclose(kept, again, rtol=2e-4, atol=1e-7)
+    kept = jax.tree.leaves(gradient("none"))
+    for remat in ("full", "dots") if case == one_of_each()[0] else ("full",):
+        for one, again in zip(kept, jax.tree.leaves(gradient(remat)), strict=True):
+            np.testing.assert_allclose(one, again, rtol=2e-4, atol=1e-7)
 
 
 @LAYERS

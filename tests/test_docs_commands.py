@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flags
 import pytest
 
 from configs.rules import Rules
@@ -25,7 +26,8 @@ def commands(document: str) -> list[str]:
 def call(line: str, folder: Path) -> subprocess.CompletedProcess:
     words = shlex.split(line)
     settings = dict(word.split("=", 1) for word in words[: words.index("python")])
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | settings
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | settings
+    environment["XLA_FLAGS"] = flags.xla(1, settings.get("XLA_FLAGS", ""))
     arguments = [sys.executable, *words[words.index("python") + 1 :]]
     return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 

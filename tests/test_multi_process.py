@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 
+import flags
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ def run(command: list[str], logs: pathlib.Path, *, processes: int, devices: int)
         command = [*command, f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags.xla(devices),
     }  # fmt: skip
     started, outputs = [], [logs.with_name(f"{logs.name}-{i}.log") for i in range(processes)]
     try:

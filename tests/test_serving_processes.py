@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import flags
 import jax
 import pytest
 
@@ -24,7 +25,7 @@ def found(tmp_path_factory) -> list[dict]:
     """What each process wrote."""
     folder, port, started = tmp_path_factory.mktemp("serving"), free_port(), []
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags.xla(2),
     }  # fmt: skip
     try:
         for role in range(2):
