@@ -59,10 +59,12 @@ class Merged:
 
     @classmethod
     def of(
-        cls, arrays: Mapping[str, np.ndarray], heads: int, kv_heads: int, basis: Float[np.ndarray, "L L"], rotary: int
-    ) -> "Merged":
+        cls, arrays: Mapping[str, np.ndarray], heads: int, kv_heads: int, basis: Float[np.ndarray, "L L"], rotary: int,
+        scale: float = 1.0,
+    ) -> "Merged":  # fmt: skip
         """From the arrays of a layer `mha`; its keys side by side, times `basis`, have positions in the first `rotary`
         channels only (TransMLA, arXiv 2502.07864, section 4: head i reads the block floor(i g / h) of the merged key).
+        Queries are multiplied by `scale`.
 
         The same function as the layer if all L = g d channels are rotated, each pair with the frequency it has there.
         """
@@ -71,7 +73,7 @@ class Merged:
         values = np.eye(value.shape[1]).reshape(value.shape[1], kv_heads, -1)[:, blocks]
         keys = np.moveaxis(basis.reshape(kv_heads, -1, len(basis))[blocks], -1, 0)[rotary:]
         return cls(
-            merged_query(query, basis, heads, kv_heads, rotary),
+            merged_query(scale * query, basis, heads, kv_heads, rotary),
             key[:, :rotary],
             np.concatenate([key[:, rotary:], value], axis=1),
             np.concatenate([keys, np.zeros((len(values), *keys.shape[1:]))]),
@@ -83,9 +85,9 @@ class Merged:
         ups = (np.tensordot(up, each, 1) for each in (self.key_up, self.value_up))
         return Merged(self.query, self.rope_key, self.latent @ down, *ups)
 
-    def arrays(self, scale: float, out: Mapping[str, np.ndarray], bias: bool) -> dict[str, np.ndarray]:
-        """Those of a layer `mla` of the same function; queries are multiplied by `scale`, `out` is kept."""
-        matrices = {"query": scale * self.query.reshape(len(self.query), -1), "latent": self.latent}
+    def arrays(self, out: Mapping[str, np.ndarray], bias: bool) -> dict[str, np.ndarray]:
+        """Those of a layer `mla` of the same function; of `out` the output's are kept."""
+        matrices = {"query": self.query.reshape(len(self.query), -1), "latent": self.latent}
         matrices["rope_key"] = self.rope_key
         ups = {"key_up": self.key_up, "value_up": self.value_up}
         return (

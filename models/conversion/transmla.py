@@ -146,9 +146,9 @@ class Plan:
         if not 0 <= q_lora_rank <= queries:
             raise ConversionError(f"q_lora_rank must be 0 to {queries} in layer {layer}, not {q_lora_rank}")
 
-    def merged(self, arrays: Mapping[str, np.ndarray], basis: np.ndarray, rotary: int) -> Merged:
-        """The layer merged, in a basis."""
-        return Merged.of(arrays, self.source["heads"], self.source["kv_heads"], basis, rotary)
+    def merged(self, arrays: Mapping[str, np.ndarray], basis: np.ndarray, rotary: int, scale: float = 1.0) -> Merged:
+        """The layer merged, in a basis, its queries multiplied by `scale`."""
+        return Merged.of(arrays, self.source["heads"], self.source["kv_heads"], basis, rotary, scale)
 
     def options(self, kv_lora_rank: int, q_lora_rank: int, norms: bool) -> dict[str, Any]:
         """Those of the layer `mla`."""
@@ -169,7 +169,7 @@ class Plan:
         is compressed; for `Stream.advance`. `frequencies` are those of its pairs."""
         options = self.options(self.latent + self.rotary - rotary, 0, norms=False)
         options |= dict(qk_rope_head_dim=rotary, scale=self.scale)
-        weights = self.merged(arrays, basis, rotary).arrays(1.0, arrays, self.source["qkv_bias"])
+        weights = self.merged(arrays, basis, rotary).arrays(arrays, self.source["qkv_bias"])
         weights["rope.listed"] = frequencies[: rotary // 2]
         return module(setting, options, weights, lambda: ListedRope(rotary // 2))
 
@@ -287,18 +287,18 @@ class Work:
     ) -> tuple[networks.Weights, float, np.ndarray]:
         """One layer's arrays but for those of the output, its ratio and spectrum."""
         plan, arrays = self.plans[layer], self.arrays(layer)
-        merged = plan.merged(arrays, self.basis(layer), plan.rotary)
+        scale = plan.scale * (plan.source["head_dim"] + plan.rotary) ** 0.5
+        merged, dtype = plan.merged(arrays, self.basis(layer), plan.rotary, scale), self.model.setting.param_dtype
+        merged = dataclasses.replace(merged, query=merged.query.astype(dtype))  # The largest, and done with.
         moment = _moment(merged.latent, self.inputs(measured, len(merged.latent) - 1))
         keys = merged.latent.shape[1] - arrays["value.weight"].shape[1]
         down, up, ratio, spectrum = _joint(moment, keys, balance, rank)
         merged = merged.reduced(down, up)
-        scale = plan.scale * (plan.source["head_dim"] + plan.rotary) ** 0.5
-        made = merged.arrays(scale, {}, plan.source["qkv_bias"])
+        made = merged.arrays({}, plan.source["qkv_bias"])
         if q_rank:
             made |= self._queries(layer, q_rank, scale, measured)
         if norms:
             made |= _gains(merged.latent, made, q_rank, self.inputs(stream, len(merged.latent) - 1))
-        dtype = self.model.setting.param_dtype
         return {name: np.asarray(array).astype(dtype) for name, array in made.items()}, ratio, spectrum
 
     def _queries(self, layer: int, rank: int, scale: float, stream: Stream | None) -> dict[str, np.ndarray]:
@@ -392,7 +392,7 @@ def _joint(
         ratio = float(sizes[:keys].mean() / (sizes[keys:].mean() * balance))
     factors = np.where(np.arange(len(moment)) < keys, 1 / ratio, 1.0)
     # The published code adds a hundredth of the mean to the diagonal, which changes no eigenvector.
-    values, vectors = np.linalg.eigh(moment * np.outer(factors, factors))
+    values, vectors = np.linalg.eigh(moment * factors * factors[:, None])
     directions = vectors[:, ::-1][:, :rank]
     shares = np.maximum(values[::-1], 0)
     return factors[:, None] * directions, directions.T / factors, ratio, shares / max(shares.sum(), 1e-300)
