@@ -227,6 +227,8 @@ def test_fuzzed_sound_configs_pass(name, half, heads, depth, scaling):
     overrides = {"model.depth": depth, "model.width": half * heads, "model.attention.heads": 2 * heads}
     if "kv_heads" in config.model.attention:
         overrides |= {"model.attention.kv_heads": heads, "model.attention.head_dim": half}
+    if "shared_heads" in config.model.attention:
+        overrides |= {"model.attention.shared_heads": 1, "model.attention.routed_active": 1}
     if "rope" in config.model.attention:
         overrides["model.attention.rope.scaling"] = scaling
     check(fields.apply(config, overrides))

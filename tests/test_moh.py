@@ -10,12 +10,15 @@ from flax import nnx
 from layers_oracle import Blank, Rotation, parameters, plain_frequencies, relative
 
 import layers.attention
+import models
+from configs import base, fields
 from kernels.attention import attention, masks
 from kernels.attention.rows import of_active_rows
 from kernels.tokens import packed, sequence
 from layers.attention import softmax
 from layers.hooks import Hooks, Tap
 from layers.rope import Rope
+from models.conversion import ConversionError, convert_to_moh
 
 WIDTH, LENGTH = 12, 24
 OWN = ("shared_heads", "routed_active", "router", "score", "two_stage", "straight_through", "balance")
@@ -184,3 +187,47 @@ def test_the_loss_is_least_where_choices_are_even():
 def test_options_that_do_not_fit(options, says):
     with pytest.raises(ValueError, match=says):
         build(**options)
+
+
+def softmax_network(**options):
+    """A language model of two layers of `mha`, and its config."""
+    changes = {"model.width": 24, "model.depth": 2, "model.mlp.width": 32, "model.max_length": 32}
+    changes |= {f"model.attention.{name}": value for name, value in dict(heads=4, kv_heads=2, head_dim=6).items()}
+    config = fields.apply(base.get_config(), changes | {f"model.attention.{n}": v for n, v in options.items()}).model
+    return models.build(config, vocab_size=50, rngs=nnx.Rngs(0)), fields.plain(config)
+
+
+def logits(model, ids):
+    definition, state = nnx.split(model)
+    return np.asarray(jax.jit(lambda state, ids: nnx.merge(definition, state)(ids).logits)(state, ids))
+
+
+def test_a_network_goes_over_to_some_of_its_heads():
+    """All heads active is the network itself; a share of them is not, and stands in the config; nothing is new."""
+    model, config = softmax_network()
+    ids = np.random.default_rng(0).integers(0, 50, (2, 20)).astype(np.int32)
+    whole = convert_to_moh(model, config, active=1.0, shared=0.5)
+    np.testing.assert_allclose(logits(whole.model, ids), logits(model, ids), atol=1e-6)
+    part = convert_to_moh(model, config, active=0.75, shared=0.5, balance=0.02, report_ids=ids)
+    options = part.config["attention"]
+    assert (options["layer"], options["shared_heads"], options["routed_active"]) == ("moh", 2, 1)
+    assert options["balance"] == 0.01 and [stage.name for stage in part.report.stages] == ["original", "moh"]
+    assert part.report.stages[1].logit_distance > 1e-3
+    for mine, other in zip(*(jax.tree.leaves(nnx.state(each)) for each in (part.model, model)), strict=True):
+        np.testing.assert_array_equal(mine, other)
+    drawn = convert_to_moh(model, config, router="learned", active=0.75)
+    assert drawn.model.stacks[0].blocks[0].attention.routed_router.weight.shape == (2, 24, 2)
+    assert np.isfinite(logits(drawn.model, ids)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(active=0.5), "active=0.5 of them and shared=0.5 leave 0 to be routed to"),
+        (dict(router="norm"), "unknown router 'norm'"),
+    ],
+)
+def test_conversions_that_cannot_be(options, says):
+    model, config = softmax_network()
+    with pytest.raises(ConversionError, match=says):
+        convert_to_moh(model, config, **options)

@@ -84,9 +84,9 @@ class MixtureOfHeads(MultiHeadAttention):
         self.by_norm = not learned
 
     def gates(self, x: Float[Array, "B T D"], q: Float[Array, "B T H d"], tokens: Tokens) -> Gates:
-        routed = self._scores(x, q) if self.routed_heads else None
+        routed = _whole(self._scores(x, q)) if self.routed_heads else None
         chosen = None if routed is None else self._chosen(routed)
-        weight = self._weights(x, routed, chosen)
+        weight = _whole(self._weights(x, routed, chosen))
         losses = {}
         if self.balance and routed is not None:
             losses["loss/head_balance"] = self.balance * _balance(routed, chosen, tokens)
@@ -101,7 +101,7 @@ class MixtureOfHeads(MultiHeadAttention):
         if not self.by_norm:
             return jax.nn.softmax(self.routed_router(x), axis=-1)
         norms = jnp.linalg.norm(q[:, :, self.shared_heads :].astype(jnp.float32), axis=-1)
-        norms = logical.constrain(norms, ("batch", "length", None))
+        norms = _whole(norms)
         spread = jnp.std(norms, axis=-1, keepdims=True, ddof=1) if self.routed_heads > 1 else 1.0
         return jax.nn.softmax(norms / jnp.maximum(spread, jnp.finfo(jnp.float32).tiny), axis=-1)
 
@@ -149,6 +149,11 @@ class MixtureOfHeads(MultiHeadAttention):
     def flops(self, length: int) -> float:
         left_out = (self.routed_heads - self.routed_active) * (self.head_dim + self.value_dim)
         return super().flops(length) + 2 * length * self._routers - 2 * cost.pairs(self.mask, length) * left_out
+
+
+def _whole(x: Float[Array, "B T N"]) -> Float[Array, "B T N"]:
+    """On every device for all heads: routing is little work, and the choice is among all of them."""
+    return logical.constrain(x, ("batch", "length", None))
 
 
 def _balance(routed: Float[Array, "B T R"], chosen: Bool[Array, "B T R"], tokens: Tokens) -> Float[Array, ""]:

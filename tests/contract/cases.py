@@ -22,7 +22,7 @@ SMALL = {
     "heads": 4,
     "kv_heads": lambda value: {8: 4, 2: 2, 1: 1}[value],
     "head_dim": 6,
-    "routed_active": 1,
+    "shared_heads": 1,
     "window": lambda value: 5 if value else 0,
     "sink_tokens": lambda value: 2 if value else 0,
     "kv_lora_rank": lambda value: 10 if value == 64 else 5,  # GLA's is half of MLA's.

@@ -71,7 +71,7 @@ SOURCE_FAULTS = (
     SourceFault("lightning", "lightning", "packing", "segment=tokens.segment", "segment=None"),
     SourceFault("lightning", "lightning", "decoding", 'cache.state["kv"]', '0.5 * cache.state["kv"]'),
     SourceFault("lightning", "lightning", "decoding", "valid=tokens.valid)", "valid=None)"),
-    SourceFault("moh", "moh", "causality", "self._scores(x, q) if", "self._scores(jnp.roll(x, -1, axis=1), q) if"),
+    SourceFault("moh", "moh", "causality", "_whole(self._scores(x, q))", "_whole(self._scores(jnp.roll(x, -1, 1), q))"),
     SourceFault("moh", "moh", "declared_parameters", "parameter_count() + self._routers", "parameter_count()"),
 )  # fmt: skip
 
