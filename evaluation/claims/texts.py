@@ -1,10 +1,13 @@
-"""Held-out text in rows, for claims that convert a network: some to calibrate on, and other documents to measure on."""
+"""Held-out text in rows, for claims that convert a network: some to calibrate on, other documents to measure on."""
+
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from evaluation.claims.contract import ClaimContext, Trained
 from evaluation.contract import EvaluationError
+from models.conversion.report import log_probabilities
 
 
 def rows_of(
@@ -28,3 +31,9 @@ def rows_of(
         for part, count in zip(cut, (calibration, rows), strict=True)
     )
     return first.astype(np.int32), second.astype(np.int32)
+
+
+def loss(model: Any, ids: Int[np.ndarray, "N T"]) -> float:
+    """Mean negative log-likelihood per token, nats, of all but each row's first."""
+    logs = log_probabilities(model, ids)
+    return -float(np.mean(np.take_along_axis(logs, ids[:, 1:, None], axis=-1), dtype=np.float64))

@@ -12,9 +12,7 @@ SHORTEST = 16  # Smallest padded length.
 TOKENS = 16_384  # Padded tokens of a batch whose number of rows is "auto".
 COMPILING = 65_536  # Padded tokens that are worth a compilation: shapes that differ by less become one.
 MOST = 8  # Programs of one kind that are compiled at most.
-WORTH = (
-    0.7  # A context is shared where that leaves at most this share of the tokens (benchmarks/harness_throughput.py).
-)
+WORTH = 0.7  # A context is shared where that leaves at most this share of the tokens: benchmarks/harness_throughput.py
 
 Ids = tuple[int, ...]
 Shape = tuple[int, ...]

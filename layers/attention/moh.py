@@ -17,6 +17,7 @@ from sharding import logical
 ROUTERS = ("learned", "query_norm")
 SCORES = ("released", "paper")
 STRAIGHT_THROUGH = ("all", "active", "none")
+_TINY = 1e-12  # Under roots: queries of zero, or all of one size, have gradients, too.
 
 
 @register("moh")
@@ -41,8 +42,9 @@ class MixtureOfHeads(MultiHeadAttention):
     a_i and f_i the share of tokens that chose i, over the tokens that are no padding; it is balance * K if all are
     chosen alike. Losses add up over layers: for the paper's mean divide 0.01 by their number.
 
-    A head that a token leaves out is skipped in the full pass; its keys and values are needed by others, so the cache
-    is that of `mha`, and steps of decoding compute all heads. Other options are those of `mha`.
+    A head that a token leaves out is skipped in passes without a cache over 512 tokens or more, but for
+    `straight_through` "all". Its keys and values are needed by others, so the cache is that of `mha`; with a cache all
+    heads are computed. Other options are those of `mha`.
     """
 
     def __init__(
@@ -100,10 +102,12 @@ class MixtureOfHeads(MultiHeadAttention):
         """a: of the routed heads, summing to 1."""
         if not self.by_norm:
             return jax.nn.softmax(self.routed_router(x), axis=-1)
-        norms = jnp.linalg.norm(q[:, :, self.shared_heads :].astype(jnp.float32), axis=-1)
-        norms = _whole(norms)
-        spread = jnp.std(norms, axis=-1, keepdims=True, ddof=1) if self.routed_heads > 1 else 1.0
-        return jax.nn.softmax(norms / jnp.maximum(spread, jnp.finfo(jnp.float32).tiny), axis=-1)
+        routed = q[:, :, self.shared_heads :].astype(jnp.float32)
+        norms = _whole(jnp.sqrt(jnp.sum(routed**2, axis=-1) + _TINY))
+        if self.routed_heads == 1:
+            return jnp.ones_like(norms)
+        spread = jnp.sqrt(jnp.var(norms, axis=-1, keepdims=True, ddof=1) + _TINY)
+        return jax.nn.softmax(norms / spread, axis=-1)
 
     def _chosen(self, routed: Float[Array, "B T R"]) -> Bool[Array, "B T R"]:
         _, best = jax.lax.top_k(jax.lax.stop_gradient(routed), self.routed_active)

@@ -14,9 +14,8 @@ from jaxtyping import Float, Int
 from configs import fields
 from configs.papers import moh as configs
 from evaluation.claims import Check, Claim, ClaimContext, Rule, Table, Trained, at_least, at_most, less, number, of
-from evaluation.claims.texts import rows_of
+from evaluation.claims.texts import loss, rows_of
 from layers.hooks import Hooks, Tap
-from models.conversion.report import log_probabilities
 
 #: What is trained: name -> arguments of the config, changes of the attention.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,10 +40,10 @@ def run(context: ClaimContext) -> Iterator[Any]:
         trained[form] = context.train(_config(text, p["steps"], p, changes))
     _, ids = rows_of(context, trained[MHA], p["rows"], 1)
     for form, one in trained.items():
-        yield number("loss", _loss(one.model, ids), "nats per byte", form=form)
+        yield number("loss", loss(one.model, ids), "nats per byte", form=form)
         if "attention=mha" not in FORMS[form][0]:
             yield from _use(one.model, ids, form)
-    yield number("loss", _loss(_dropped(trained[MHA].model, context.seed), ids), "nats per byte", form=DROPPED)
+    yield number("loss", loss(_dropped(trained[MHA].model, context.seed), ids), "nats per byte", form=DROPPED)
     for done, (form, options) in enumerate((
         ("trained on", None), ("norms", {"router": "query_norm"}), ("new routers", {"router": "learned"})
     )):  # fmt: skip
@@ -53,9 +52,9 @@ def run(context: ClaimContext) -> Iterator[Any]:
         if options is not None:
             folder = context.convert(trained[MHA], to="moh", active=0.75, shared=0.5, report_rows=0, **options)
         went_on = context.train(_going_on(folder, p))
-        for share, loss in _course(went_on).items():
-            yield number("training loss", loss, "nats per byte", form=form, share=share)
-        yield number("loss after going on", _loss(went_on.model, ids), "nats per byte", form=form)
+        for share, value in _course(went_on).items():
+            yield number("training loss", value, "nats per byte", form=form, share=share)
+        yield number("loss after going on", loss(went_on.model, ids), "nats per byte", form=form)
     context.report("trainings", len(FORMS) + 3, len(FORMS) + 3)
 
 
@@ -80,16 +79,10 @@ def _going_on(folder: pathlib.Path, p: Any) -> ml_collections.ConfigDict:
     return config
 
 
-def _loss(model: Any, ids: Int[np.ndarray, "N T"]) -> float:
-    logs = log_probabilities(model, ids)
-    return -float(np.mean(np.take_along_axis(logs, ids[:, 1:, None], axis=-1), dtype=np.float64))
-
-
 def _course(trained: Trained) -> dict[str, float]:
-    """The text's loss in the first step, and as a mean over the last tenth of the first quarter and of all steps."""
+    """The text's cross-entropy in the first step, and as a mean over the last tenth of the first quarter and of all steps."""
     lines = (pathlib.Path(trained.config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "loss" in row]
-    losses = [row.get("cross_entropy", row["loss"]) for row in rows]
+    losses = [row["cross_entropy"] for row in map(json.loads, lines) if "cross_entropy" in row]
     window, count = max(1, len(losses) // 10), len(losses)
     ends = {"a quarter": max(1, count // 4), "all": count}
     return {"none": losses[0]} | {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 import data
 from configs import fields
@@ -18,9 +18,8 @@ from configs.papers import x_ecomla
 from data.procedural import preferences
 from evaluation.claims import Check, Claim, ClaimContext, Rule, Table, Trained, at_least, at_most, less, number, of
 from evaluation.claims.running import HOME
-from evaluation.claims.texts import rows_of
+from evaluation.claims.texts import loss, rows_of
 from kernels import tokens
-from models.conversion.report import log_probabilities
 
 #: What is trained besides singular values at every rank: name -> (rank, options of the conversion, of the training).
 MIDDLE, LEAST = 32, 16
@@ -41,7 +40,7 @@ def run(context: ClaimContext) -> Iterator[Any]:
     base, teacher = (context.train(_stage(context, stage)) for stage in ("base", "teacher"))
     _, ids = rows_of(context, base, p["rows"], 1)
     for name, one in (("base", base), ("teacher", teacher)):
-        yield number("loss", _loss(one.model, ids), "nats per byte", form=name)
+        yield number("loss", loss(one.model, ids), "nats per byte", form=name)
     forms = {str(rank): (rank, {}, {}) for rank in p["ranks"]} | FORMS
     for done, (form, (rank, conversion, objective)) in enumerate(forms.items()):
         context.report("students", done, len(forms) + 1)
@@ -52,7 +51,7 @@ def run(context: ClaimContext) -> Iterator[Any]:
         student = context.train(_distilled(context, folder, base, teacher, objective))
         ranks = json.loads((folder / "conversion.json").read_text())["options"]["ranks"].values()
         yield number("cache", sum(kv + x_ecomla.HEAD_DIM // 2 for _, kv in ranks), "numbers per token", form=form)
-        yield number("loss", _loss(student.model, ids), "nats per byte", form=form)
+        yield number("loss", loss(student.model, ids), "nats per byte", form=form)
         for share, value in _course(student).items():
             yield number("loss on the way", value, "nats per byte", form=form, share=share)
         if form == str(MIDDLE):
@@ -95,11 +94,6 @@ def _energy(base: Trained, rank: int) -> float:
     spectra = [np.cumsum(each) for each in upcycle(base.model, base.config.model, kv_rank=rank).report.spectra]
     ranks = [sum(-(-max(1, int(np.sum(each <= share))) // 4) * 4 for each in spectra) for share in shares]
     return float(shares[[total <= rank * len(spectra) for total in ranks]][-1])
-
-
-def _loss(model: Any, ids: Int[np.ndarray, "N T"]) -> float:
-    logs = log_probabilities(model, ids)
-    return -float(np.mean(np.take_along_axis(logs, ids[:, 1:, None], axis=-1), dtype=np.float64))
 
 
 def _course(trained: Trained) -> dict[str, float]:
