@@ -80,7 +80,7 @@ def _going_on(folder: pathlib.Path, p: Any) -> ml_collections.ConfigDict:
 
 
 def _course(trained: Trained) -> dict[str, float]:
-    """The text's cross-entropy in the first step, and as a mean over the last tenth of the first quarter and of all steps."""
+    """The text's cross-entropy in the first step, and over the tenth of all steps that ends at a quarter or the end."""
     lines = (pathlib.Path(trained.config.run_dir) / "metrics.jsonl").read_text().splitlines()
     losses = [row["cross_entropy"] for row in map(json.loads, lines) if "cross_entropy" in row]
     window, count = max(1, len(losses) // 10), len(losses)
